@@ -41,10 +41,16 @@ class Embedder:
 
     `model` is a name on the hub or a folder; the default is read from its installed package, without a
     network. `device` ('cpu', 'cuda', 'mps') and `dtype` ('float32', 'bfloat16') are chosen by what this
-    machine has. Raises OSError if the model can't be had, ValueError if its files are not the expected ones.
+    machine has. `window_tokens` is the length of a window, at most `max_tokens`, what the encoder reads. Raises OSError if the model can't be had, ValueError if its files are not the expected ones.
     """
 
-    def __init__(self, model: str = settings.EMBEDDING_MODEL, device: str | None = None, dtype: str | None = None):
+    def __init__(
+        self,
+        model: str = settings.EMBEDDING_MODEL,
+        device: str | None = None,
+        dtype: str | None = None,
+        window_tokens: int = settings.WINDOW_TOKENS,
+    ):
         self.name = str(model)
         self.device = device or settings.device()
         self.dtype = dtype or settings.encoder_dtype(self.device)
@@ -52,8 +58,9 @@ class Embedder:
         self._model = _load(str(folder or model), self.device, self.dtype)
         self.fingerprint = PACKAGED_SHA256["model.safetensors"] if folder else _fingerprint(self.name, self._model)
         self.dimension: int = self._model.get_embedding_dimension()
-        self._marks = self._model.tokenizer.num_special_tokens_to_add()
-        self.max_tokens: int = self._model.max_seq_length - self._marks
+        # The encoder adds its own start and end marks to what it reads.
+        self.max_tokens: int = self._model.max_seq_length - self._model.tokenizer.num_special_tokens_to_add()
+        self.window_tokens = min(window_tokens, self.max_tokens)
 
     def encode(self, texts: Sequence[str], progress: Progress | None = None, batch_size: int = 32) -> np.ndarray:
         """Return a `(len(texts), dimension)` float32 array of unit rows: each the mean of its text's windows."""
@@ -84,19 +91,19 @@ class Embedder:
     def windows(self, text: str) -> list[Span]:
         """Return the (start, end) in characters of each window that `text` is embedded as.
 
-        A text of at most `max_tokens` tokens is one window. A longer one is cut between words into windows of
+        A text of at most `window_tokens` tokens is one window. A longer one is cut between words into windows of
         nearly equal length that share `settings.WINDOW_OVERLAP` tokens, so that nothing is dropped.
         """
         encoding = self.tokenize(text)
         count = len(encoding["input_ids"])
-        if count <= self.max_tokens:
+        if count <= self.window_tokens:
             return [(0, len(text))]
         offsets, word_of = encoding["offset_mapping"], encoding.word_ids()
-        shared = min(settings.WINDOW_OVERLAP, self.max_tokens // 4)
+        shared = min(settings.WINDOW_OVERLAP, self.window_tokens // 4)
         spans, first = [], 0
-        while count - first > self.max_tokens:
+        while count - first > self.window_tokens:
             left = count - first
-            parts = math.ceil((left - shared) / (self.max_tokens - shared))
+            parts = math.ceil((left - shared) / (self.window_tokens - shared))
             last = _word_start(word_of, first + math.ceil((left + shared * (parts - 1)) / parts), first)
             spans.append((offsets[first][0] if first else 0, offsets[last - 1][1]))
             first = max(_word_start(word_of, last - shared, first), first + 1)

@@ -6,6 +6,7 @@ Notebook 03 builds every step of this by hand first.
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,12 +43,17 @@ class IndexRefused(Exception):
 
 @dataclass(frozen=True)
 class Hit:
-    """A chunk that was found; `dense` is its cosine to the question, `bm25` its BM25 score."""
+    """A chunk that was found; `dense` is its cosine to the question, `bm25` its BM25 score.
+
+    `windows` has for each window of the chunk its start and end in the chunk's text and its own cosine; it is empty
+    where only words were searched.
+    """
 
     chunk: Chunk
     score: float
     dense: float
     bm25: float
+    windows: tuple[tuple[int, int, float], ...] = ()
 
 
 @dataclass
@@ -228,7 +234,11 @@ class Index:
         self.bm25.save(new / "bm25", show_progress=False, allow_pickle=False)
         manifest = {
             "format": FORMAT,
-            "embedding": {"model": self.embedder.name, "fingerprint": self.embedder.fingerprint},
+            "embedding": {
+                "model": self.embedder.name,
+                "fingerprint": self.embedder.fingerprint,
+                "window_tokens": self.embedder.window_tokens,
+            },
             "chunking": {"chunk_size": self.chunk_size, "overlap": self.overlap},
             "documents": self.files,
             "files": {path.relative_to(new).as_posix(): _sha256(path) for path in sorted(_files_below(new))},
@@ -247,10 +257,11 @@ class Index:
         from bm25s import BM25
 
         manifest = _checked_manifest(folder)
-        embedder = embedder or Embedder(manifest["embedding"]["model"])
-        if manifest["embedding"]["fingerprint"] != embedder.fingerprint:
-            made_with = manifest["embedding"]["model"]
-            raise _refused(folder, f"it was built with another model ({made_with}) than the one given ({embedder.name})")
+        made_with = manifest["embedding"]
+        embedder = embedder or Embedder(made_with["model"], window_tokens=made_with["window_tokens"])
+        if made_with["fingerprint"] != embedder.fingerprint:
+            names = f"({made_with['model']}) than the one given ({embedder.name})"
+            raise _refused(folder, f"it was built with another model {names}")
         rows = [json.loads(line) for line in (folder / "chunks.jsonl").read_text(encoding="utf-8").split("\n") if line]
         windows = [row.pop("windows") for row in rows]
         owners = np.repeat(np.arange(len(rows)), windows)
@@ -258,13 +269,27 @@ class Index:
         if stored.ntotal != len(owners) or stored.d != embedder.dimension:
             raise _refused(folder, f"it has {stored.ntotal} vectors of {stored.d} numbers for {len(owners)} windows")
         vectors = stored.reconstruct_n(0, stored.ntotal)
+        if made_with["window_tokens"] != embedder.window_tokens:
+            sizes = f"{made_with['window_tokens']} tokens, the given encoder's of {embedder.window_tokens}"
+            raise _refused(folder, f"its windows are of {sizes}")
         sizes = manifest["chunking"]["chunk_size"], manifest["chunking"]["overlap"]
         bm25 = BM25.load(folder / "bm25", allow_pickle=False)
         return cls([Chunk(**row) for row in rows], vectors, owners, embedder, manifest["documents"], sizes, bm25)
 
+    def question_language(self, question: str) -> str:
+        """Return the language of a question; that of most chunks where the question doesn't tell."""
+        return detect_language(question, default=max(set(self.languages), key=self.languages.count))
+
+    def rarity(self, stem: str) -> float:
+        """Return the inverse document frequency of a stem as BM25 has it: 0 for a word in every chunk."""
+        column = self.bm25.vocab_dict.get(stem)
+        bounds = self.bm25.scores["indptr"]
+        holding = int(bounds[column + 1] - bounds[column]) if column is not None else 0
+        return math.log(1 + (len(self.chunks) - holding + 0.5) / (holding + 0.5))
+
     def bm25_scores(self, question: str) -> np.ndarray:
         """Return the `(len(chunks),)` BM25 scores of a question."""
-        language = detect_language(question, default=max(set(self.languages), key=self.languages.count))
+        language = self.question_language(question)
         # Each chunk was stemmed in its own language; a name can have another stem in the question's.
         tokens = dict.fromkeys(stem for lang in sorted({language, *self.languages}) for stem in stems(question, lang))
         known = [token for token in tokens if token in self.bm25.vocab_dict]
@@ -294,8 +319,12 @@ class Retriever:
         """Return the hits of each question; the questions are embedded together."""
         if not questions:
             return []
-        dense = self._dense_scores(questions) if self.mode != "bm25" else [np.zeros(len(self.index.chunks))] * len(questions)
-        return [self._hits(question, scores) for question, scores in zip(questions, dense, strict=True)]
+        if self.mode == "bm25":
+            return [self._hits(question, None) for question in questions]
+        return [
+            self._hits(question, vector)
+            for question, vector in zip(questions, self.index.embedder.encode(questions), strict=True)
+        ]
 
     def as_langchain(self):
         """Return this retriever as a LangChain `BaseRetriever`, to compose with other LangChain parts."""
@@ -316,32 +345,43 @@ class Retriever:
 
         return HelpersRetriever()
 
-    def _dense_scores(self, questions: Sequence[str]) -> list[np.ndarray]:
-        """Return for each question the cosine of every chunk: that of its best window."""
+    def _dense_scores(self, vector: np.ndarray) -> np.ndarray:
+        """Return the `(len(chunks),)` cosines of the chunks to a question: each that of its best window."""
         index = self.index
-        count = min(CANDIDATES, index.faiss.ntotal)
-        similarities, rows = index.faiss.search(index.embedder.encode(questions), count)
-        scores = []
-        for row_scores, row_ids in zip(similarities, rows, strict=True):
-            # A chunk none of whose windows is among the candidates counts as the last of them.
-            best = np.full(len(index.chunks), row_scores[-1], dtype=np.float32)
-            np.maximum.at(best, index.owners[row_ids], row_scores)
-            scores.append(best)
-        return scores
+        cosines, rows = index.faiss.search(vector[None], min(CANDIDATES, index.faiss.ntotal))
+        # A chunk none of whose windows is among the candidates counts as the last of them.
+        best = np.full(len(index.chunks), cosines[0, -1], dtype=np.float32)
+        np.maximum.at(best, index.owners[rows[0]], cosines[0])
+        return best
 
-    def _hits(self, question: str, dense: np.ndarray) -> list[Hit]:
+    def _hits(self, question: str, vector: np.ndarray | None) -> list[Hit]:
+        index = self.index
         if not any(char.isalnum() for char in question):
             return []
-        bm25 = self.index.bm25_scores(question) if self.mode != "dense" else np.zeros(len(dense))
-        scores = {"dense": dense, "bm25": bm25, "hybrid": fuse(dense, bm25)}[self.mode]
+        nothing = np.zeros(len(index.chunks), dtype=np.float32)
+        dense = self._dense_scores(vector) if vector is not None else nothing
+        bm25 = index.bm25_scores(question) if self.mode != "dense" else nothing
+        weight = settings.DENSE_WEIGHT[index.question_language(question)]
+        scores = {"dense": dense, "bm25": bm25, "hybrid": fuse(dense, bm25, weight)}[self.mode]
         # A stable sort on rounded scores: equal scores come in the order of the documents on every machine.
         order = np.argsort(-np.round(scores, 5), kind="stable")[: self.top_k]
-        return [Hit(self.index.chunks[i], float(scores[i]), float(dense[i]), float(bm25[i])) for i in order]
+        return [
+            Hit(index.chunks[i], float(scores[i]), float(dense[i]), float(bm25[i]), self._windows(i, vector))
+            for i in order
+        ]
+
+    def _windows(self, position: int, vector: np.ndarray | None) -> tuple[tuple[int, int, float], ...]:
+        if vector is None:
+            return ()
+        spans = self.index.embedder.windows(self.index.chunks[position].text)
+        cosines = self.index.vectors[self.index.owners == position] @ vector
+        return tuple((start, end, float(cosine)) for (start, end), cosine in zip(spans, cosines, strict=True))
 
 
 def index_folder(documents: str | Path, embedder: Embedder, chunk_size: int, overlap: int) -> Path:
     """Return the folder below `runs/index/` for this folder of documents and these settings."""
-    key = [str(Path(documents).resolve()), embedder.name, embedder.fingerprint, embedder.dtype, chunk_size, overlap]
+    key = [str(Path(documents).resolve()), embedder.name, embedder.fingerprint, embedder.dtype, embedder.window_tokens]
+    key += [chunk_size, overlap]
     return settings.INDEXES / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
@@ -354,12 +394,12 @@ def _languages(chunks: Sequence[Chunk]) -> list[str]:
     return [of_file[chunk.file] for chunk in chunks]
 
 
-def fuse(dense: np.ndarray, bm25: np.ndarray) -> np.ndarray:
-    """Return the hybrid score of every chunk: the weighted mean of both z-scores over all chunks of a question.
+def fuse(dense: np.ndarray, bm25: np.ndarray, weight: float) -> np.ndarray:
+    """Return the hybrid score of every chunk: the mean of its two z-scores, `weight` of it from the vectors.
 
     Scores are fused, not ranks: a rank forgets that the best passage was far ahead, or hardly.
     """
-    return settings.DENSE_WEIGHT * _z_scores(dense) + (1 - settings.DENSE_WEIGHT) * _z_scores(bm25)
+    return weight * _z_scores(dense) + (1 - weight) * _z_scores(bm25)
 
 
 def _z_scores(scores: np.ndarray) -> np.ndarray:

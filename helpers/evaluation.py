@@ -1,0 +1,297 @@
+"""Question sets, and how good an answer or a search was: recall, MRR, exact match, F1, with intervals."""
+
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers import settings
+from helpers.chunking import Chunk
+from helpers.language import detect_language, words
+from helpers.retrieval import Retriever
+
+KINDS = ("fact", "newer", "unanswerable")
+SPLITS = ("dev", "test")
+DEPTH = 10  # how far down a search is followed to find the rank of the right passage
+
+# Removed before answers are compared, as in the evaluation of SQuAD (Rajpurkar et al. 2016) and of MLQA for Spanish
+# (Lewis et al. 2020).
+ARTICLES = {
+    "en": frozenset(("a", "an", "the")),
+    "es": frozenset(("el", "la", "los", "las", "un", "una", "unos", "unas")),
+}
+_PUNCTUATION = str.maketrans("", "", string.punctuation + "¿¡«»“”‘’…–—")
+
+
+class BadQuestions(ValueError):
+    """A question file with faults; the message lists each with its line and what to do."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its accepted answers and the page that holds them (`file` None: no page does).
+
+    In a SQuAD file `file` names the paragraph, and `page` is 1. `evidence` is the sentence that answers.
+    """
+
+    id: str
+    language: str
+    question: str
+    answers: tuple[str, ...]
+    file: str | None
+    page: int | None
+    kind: str = "fact"
+    fact_id: str = ""
+    split: str = "test"
+    evidence: str = ""
+    outdated: tuple[str, ...] = ()
+    missing: str = ""
+
+    @property
+    def answerable(self) -> bool:
+        return self.kind != "unanswerable"
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Questions, and for SQuAD's format the passages they are about: name to text; None for a folder's own."""
+
+    questions: list[Question]
+    passages: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of `n` cases with its 95 % Wilson interval."""
+
+    successes: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        return self.successes / self.n if self.n else float("nan")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(self.successes, self.n)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def share(outcomes: Iterable[bool]) -> Share:
+    """Return the share of true outcomes."""
+    outcomes = list(outcomes)
+    return Share(sum(outcomes), len(outcomes))
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson 1927): (0, 1) for no cases."""
+    from scipy.stats import binomtest
+
+    if n == 0:
+        return 0.0, 1.0
+    interval = binomtest(successes, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def load_questions(path: str | Path = settings.QUESTIONS, split: str | None = None) -> QuestionSet:
+    """Read a question file: JSON lines as in `notebooks/questions.jsonl`, or SQuAD's JSON format.
+
+    `split` keeps 'dev' or 'test' only. Raises FileNotFoundError, and BadQuestions with every fault by its line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no question file {path}: check the name.")
+    if split not in (None, *SPLITS):
+        raise ValueError(f"split is {split!r}: choose 'dev', 'test' or None for both.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadQuestions(f"{path.name} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
+    squad = _squad_data(text)
+    if squad is not None:
+        return _read_squad(squad, path.name)
+    questions, faults, seen = [], [], {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            question = _question(json.loads(line))
+            if question.id in seen:
+                raise ValueError(f"id {question.id!r} stands in line {seen[question.id]} already")
+            seen[question.id] = number
+            questions.append(question)
+        except ValueError as error:
+            what = f"no valid JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
+            faults.append(f"line {number}: {what}")
+    if faults:
+        raise BadQuestions(f"{path.name} has {len(faults)} faulty lines; mend them:\n  " + "\n  ".join(faults))
+    if not questions:
+        raise BadQuestions(f"{path.name} holds no question: a line is {{\"id\": …, \"question\": …, \"answers\": […], …}}.")
+    return QuestionSet([question for question in questions if split in (None, question.split)])
+
+
+def _question(row: object) -> Question:
+    if not isinstance(row, dict):
+        raise ValueError("it is no JSON object")
+    missing = [name for name in ("id", "language", "question", "answers", "file", "page", "kind") if name not in row]
+    if missing:
+        raise ValueError(f"the field {', '.join(missing)} is missing")
+    for name in ("id", "question"):
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise ValueError(f"{name} must be a text that isn't empty")
+    if row["language"] not in ARTICLES:
+        raise ValueError(f"language is {row['language']!r}: it must be one of {', '.join(ARTICLES)}")
+    if row["kind"] not in KINDS:
+        raise ValueError(f"kind is {row['kind']!r}: it must be one of {', '.join(KINDS)}")
+    if row.get("split", "test") not in SPLITS:
+        raise ValueError(f"split is {row['split']!r}: it must be one of {', '.join(SPLITS)}")
+    answers = row["answers"]
+    if not isinstance(answers, list) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        raise ValueError("answers must be a list of texts")
+    if row["kind"] == "unanswerable":
+        if answers or row["file"] is not None:
+            raise ValueError("an unanswerable question has no answers and its file is null")
+    elif not answers or not isinstance(row["file"], str) or not isinstance(row["page"], int):
+        raise ValueError("a question with an answer needs answers, a file and a page number")
+    known = {name: value for name, value in row.items() if name in Question.__dataclass_fields__}
+    return Question(**known | {"answers": tuple(answers), "outdated": tuple(row.get("outdated", ()))})
+
+
+def _squad_data(text: str) -> list | None:
+    """Return the articles of SQuAD's JSON format, None if `text` is something else."""
+    try:
+        whole = json.loads(text)
+    except ValueError:
+        return None
+    return whole.get("data") if isinstance(whole, dict) else None
+
+
+def _read_squad(articles: list, name: str) -> QuestionSet:
+    questions, passages = [], {}
+    try:
+        for article in articles:
+            for paragraph in article["paragraphs"]:
+                passage = f"passage-{len(passages) + 1:04d}"
+                passages[passage] = paragraph["context"]
+                language = detect_language(paragraph["context"])
+                for entry in paragraph["qas"]:
+                    answers = tuple(dict.fromkeys(answer["text"] for answer in entry["answers"]))
+                    found = (passage, 1, "fact") if answers else (None, None, "unanswerable")
+                    questions.append(Question(str(entry["id"]), language, entry["question"], answers, *found))
+    except (KeyError, TypeError) as error:
+        raise BadQuestions(f"{name} is not in SQuAD's format: {error!r} in passage {len(passages)}.") from error
+    if not questions:
+        raise BadQuestions(f"{name} holds no question.")
+    return QuestionSet(questions, passages)
+
+
+def check_against_pages(questions: Sequence[Question], documents: Sequence) -> list[str]:
+    """Return a fault for each question whose page is not among `documents` or holds none of its answers."""
+    pages = {(document.file, document.page): document.text for document in documents}
+    faults = []
+    for question in questions:
+        if not question.answerable:
+            continue
+        text = pages.get((question.file, question.page))
+        if text is None:
+            faults.append(f"{question.id}: there is no page {question.page} of {question.file}")
+        elif not contains_answer(text, question.answers, question.language):
+            faults.append(f"{question.id}: no accepted answer stands on page {question.page} of {question.file}")
+    return faults
+
+
+def normalize_answer(text: str, language: str = "en") -> str:
+    """Return `text` as answers are compared: lower case, no punctuation, no articles, single spaces."""
+    text = re.sub(r"(?<=\d)[.,](?=\d)", "\ue000", text.lower())  # 14.50 and 14,50 are one number, and not 1450
+    plain = text.translate(_PUNCTUATION).replace("\ue000", ".").split()
+    return " ".join(word for word in plain if word not in ARTICLES[language])
+
+
+def exact_match(prediction: str, answers: Iterable[str], language: str = "en") -> bool:
+    """Say whether `prediction` is one of the accepted answers, after normalisation."""
+    return normalize_answer(prediction, language) in {normalize_answer(answer, language) for answer in answers}
+
+
+def token_f1(prediction: str, answers: Iterable[str], language: str = "en") -> float:
+    """Return the best F1 of the words of `prediction` against those of an accepted answer, 0 to 1."""
+    return max((_f1(prediction, answer, language) for answer in answers), default=0.0)
+
+
+def _f1(prediction: str, answer: str, language: str) -> float:
+    said, right = normalize_answer(prediction, language).split(), normalize_answer(answer, language).split()
+    common = sum((Counter(said) & Counter(right)).values())
+    return 2 * common / (len(said) + len(right)) if common else float(said == right)
+
+
+def contains_answer(text: str, answers: Iterable[str], language: str = "en") -> bool:
+    """Say whether `text` holds one of the accepted answers, word for word, whatever the case and punctuation."""
+    whole = f" {_plain_words(text, language)} "
+    plain = (_plain_words(answer, language) for answer in answers)
+    return any(f" {answer} " in whole for answer in plain if answer)
+
+
+def _plain_words(text: str, language: str) -> str:
+    """Return the words of `text` without articles; a word with a hyphen or an apostrophe is two ("Keeper's")."""
+    return " ".join(word for word in words(text) if word not in ARTICLES[language])
+
+
+def is_gold(chunk: Chunk, question: Question, whole_passage: bool = False) -> bool:
+    """Say whether a chunk is of the right page and, unless passages are whole, holds the answer itself."""
+    right_page = (chunk.file, chunk.page) == (question.file, question.page)
+    return right_page and (whole_passage or contains_answer(chunk.text, question.answers, question.language))
+
+
+def ranks(retriever: Retriever, questions: Sequence[Question], whole_passage: bool = False) -> list[int | None]:
+    """Return for each question the rank, from 1, of the first right chunk among the first `DEPTH`; else None."""
+    deep = Retriever(retriever.index, retriever.mode, DEPTH)
+    found = []
+    for question, hits in zip(questions, deep.search_many([q.question for q in questions]), strict=True):
+        places = (i for i, hit in enumerate(hits, start=1) if is_gold(hit.chunk, question, whole_passage))
+        found.append(next(places, None))
+    return found
+
+
+def recall_at(found: Sequence[int | None], k: int) -> Share:
+    """Return the share of questions whose right chunk is among the first `k`."""
+    return share(rank is not None and rank <= k for rank in found)
+
+
+def mean_reciprocal_rank(found: Sequence[int | None]) -> float:
+    """Return the mean of 1/rank, 0 for a question whose right chunk was not found (MRR at `DEPTH`)."""
+    return sum(1 / rank for rank in found if rank) / len(found) if found else float("nan")
+
+
+@dataclass(frozen=True)
+class QuoteScores:
+    """How well answers did: the right answer said; refusals of unanswerable and of answerable questions."""
+
+    right: Share
+    refused_unanswerable: Share
+    refused_answerable: Share
+    median_length: float
+    longest: int
+
+
+def score_answers(questions: Sequence[Question], answers: Sequence, text_of: Callable[[object], str]) -> QuoteScores:
+    """Compare answers (with a `refused` field) with their questions; `text_of` gives the words of an answer."""
+    import statistics
+
+    pairs = list(zip(questions, answers, strict=True))
+    lengths = [len(text_of(answer)) for answer in answers if not answer.refused]
+    return QuoteScores(
+        right=share(
+            not answer.refused and contains_answer(text_of(answer), question.answers, question.language)
+            for question, answer in pairs
+            if question.answerable
+        ),
+        refused_unanswerable=share(answer.refused for question, answer in pairs if not question.answerable),
+        refused_answerable=share(answer.refused for question, answer in pairs if question.answerable),
+        median_length=statistics.median(lengths) if lengths else 0.0,
+        longest=max(lengths, default=0),
+    )
