@@ -45,6 +45,7 @@ class IndexRefused(Exception):
 class Hit:
     """A chunk that was found; `dense` is its cosine to the question, `bm25` its BM25 score.
 
+    `score` says by how many standard deviations it stands out from all chunks (see `fuse`).
     `windows` has for each window of the chunk its start and end in the chunk's text and its own cosine; it is empty
     where only words were searched.
     """
@@ -362,7 +363,8 @@ class Retriever:
         dense = self._dense_scores(vector) if vector is not None else nothing
         bm25 = index.bm25_scores(question) if self.mode != "dense" else nothing
         weight = settings.DENSE_WEIGHT[index.question_language(question)]
-        scores = {"dense": dense, "bm25": bm25, "hybrid": fuse(dense, bm25, weight)}[self.mode]
+        weight = {"dense": 1.0, "bm25": 0.0}.get(self.mode, weight)
+        scores = fuse(dense, bm25, weight)
         # A stable sort on rounded scores: equal scores come in the order of the documents on every machine.
         order = np.argsort(-np.round(scores, 5), kind="stable")[: self.top_k]
         return [
@@ -395,7 +397,7 @@ def _languages(chunks: Sequence[Chunk]) -> list[str]:
 
 
 def fuse(dense: np.ndarray, bm25: np.ndarray, weight: float) -> np.ndarray:
-    """Return the hybrid score of every chunk: the mean of its two z-scores, `weight` of it from the vectors.
+    """Return the fused score of every chunk: the mean of its two z-scores, `weight` of it from the vectors.
 
     Scores are fused, not ranks: a rank forgets that the best passage was far ahead, or hardly.
     """
