@@ -12,6 +12,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from helpers import settings
@@ -21,9 +22,12 @@ Span = tuple[int, int]
 # Where a text is cut, the best place first: between paragraphs, lines, sentences, words; else anywhere.
 SEPARATORS = ("\n\n", "\n", ". ", " ")
 SUFFIXES = (".pdf", ".txt")
+OCR = "Run an OCR program over it (for example: ocrmypdf in.pdf out.pdf) and replace it."
+EXPORT = "Open it in a PDF viewer and export it again, or download it again."
 
 _VOWELS = re.compile(r"[aeiouyáéíóúüàèìòùâêîôûäöæœ]", re.IGNORECASE)
 _LATIN = re.compile(r"[a-zà-ÿ]", re.IGNORECASE)
+_WHOLE = re.compile(r"[^\x00-\x7f\ufffd]")  # beyond ASCII, and not the mark of a broken character
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ue000-\uf8ff]|\(cid:\d+\)")
 _MOJIBAKE = re.compile(r"Ã[\x80-\xbf¡-¿ƒ‚„…†‡‰‹“”•–—™š›œž]|â€|Â[\xa0-\xbf]")
 _LIGATURES = str.maketrans({"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "\u00ad": "", "\u00a0": " "})
@@ -53,9 +57,9 @@ class FileReport:
     def __str__(self) -> str:
         name = printable(self.file)
         if self.problem:
-            read = f"; {self.pages} pages read" if self.pages else ""
+            read = f"; {_count(self.pages, 'page')} read" if self.pages else ""
             return f"{name}: {self.problem}{read}. {self.advice}".strip()
-        return f"{name}: {self.pages} page{'s' * (self.pages != 1)}, {self.characters:,} characters"
+        return f"{name}: {_count(self.pages, 'page')}, {self.characters:,} characters"
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,13 @@ class Chunk:
     end: int
     id: str
     page_label: str = ""
+
+
+class PageFault(Enum):
+    """Why a page of a file that could be opened gave no text."""
+
+    GARBLED = "garbled"
+    DAMAGED = "damaged"
 
 
 class Unreadable(Exception):
@@ -92,21 +103,24 @@ def load_documents(folder: str | Path = settings.DOCUMENTS) -> tuple[list[Docume
 def find_files(folder: str | Path) -> list[Path]:
     """Return the files below `folder` that a reader would expect to be read, in the order of their paths.
 
-    Hidden files and folders are left out, and so are links that lead out of the folder.
+    Hidden files and folders are left out, and so are links that lead out of the folder. A subfolder that can't be
+    opened stands in the list itself, so that it is reported.
     """
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"There is no folder {printable(folder)}: create it, or name another with --docs.")
     if not folder.is_dir():
         raise NotADirectoryError(f"{printable(folder)} is a file: name the folder that holds it.")
-    home = folder.resolve()
-    found = []
-    for parent, subfolders, names in os.walk(folder):  # os.walk does not follow links to folders
+    home = os.path.realpath(folder)
+    found, unopened = [], []
+    for parent, subfolders, names in os.walk(folder, onerror=unopened.append):  # follows no links to folders
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
             path = Path(parent) / name
-            if not name.startswith(".") and path.resolve().is_relative_to(home):
+            # realpath: Path.resolve raises on a link that leads to itself.
+            if not name.startswith(".") and Path(os.path.realpath(path)).is_relative_to(home):
                 found.append(path)
+    found += [Path(error.filename) for error in unopened]
     return sorted(found, key=lambda path: relative_name(path, folder))
 
 
@@ -125,36 +139,41 @@ def load_file(path: Path, folder: str | Path) -> tuple[list[Document], FileRepor
     name = relative_name(path, folder)
     try:
         data = _read(path)
-        texts, labels = _read_pdf(data, path) if path.suffix.lower() == ".pdf" else ([_read_txt(data)], [""])
+        texts, labels = _read_pdf(data) if path.suffix.lower() == ".pdf" else ([_read_txt(data)], [""])
     except Unreadable as error:
         return [], FileReport(name, problem=error.args[0], advice=error.args[1])
     digest = hashlib.sha256(data).hexdigest()
     pages = [
         Document(text, name, number, label, digest)
         for number, (text, label) in enumerate(zip(texts, labels, strict=True), start=1)
-        if text is not None and text.strip()
+        if isinstance(text, str) and text.strip()
     ]
     problem, advice = _judge(texts, path)
     return pages, FileReport(name, len(pages), sum(len(page.text) for page in pages), problem, advice)
 
 
-def _judge(texts: list[str | None], path: Path) -> tuple[str, str]:
-    """Return what is wrong with the pages of a file that could be opened (None: a garbled page)."""
-    garbled = [number for number, text in enumerate(texts, start=1) if text is None]
-    empty = [number for number, text in enumerate(texts, start=1) if text is not None and not text.strip()]
-    ocr = "Run an OCR program over it (for example: ocrmypdf in.pdf out.pdf) and replace it."
+def _judge(texts: list[str | PageFault], path: Path) -> tuple[str, str]:
+    """Return what is wrong with the pages of a file that could be opened, and what to do."""
+    faults = [text if isinstance(text, PageFault) else not text.strip() for text in texts]  # True: an empty page
+    damaged, garbled, empty = (
+        [number for number, fault in enumerate(faults, start=1) if fault is kind]
+        for kind in (PageFault.DAMAGED, PageFault.GARBLED, True)
+    )
+    if path.suffix.lower() == ".txt":
+        if garbled:
+            return "its text looks garbled (not a text file, or an unknown encoding)", "Save it again as UTF-8."
+        return ("it holds only white space", "Put text in it or remove it.") if empty else ("", "")
+    if len(empty) == len(texts):
+        return f"no text on its {_count(len(texts), 'page')} (scanned?)", OCR
+    found = []
+    if damaged:
+        found.append((f"page {_list(damaged)} is damaged", EXPORT))
     if garbled:
         which = "its text" if len(garbled) == len(texts) else f"the text of page {_list(garbled)}"
-        if path.suffix.lower() == ".pdf":
-            return f"{which} looks garbled (a font without a character map)", ocr
-        return f"{which} looks garbled (not a text file, or an unknown encoding)", "Save it again as UTF-8."
-    if len(empty) == len(texts):
-        if path.suffix.lower() == ".pdf":
-            return f"no text on its {len(texts)} pages (scanned?)", ocr
-        return "it holds only white space", "Put text in it or remove it."
+        found.append((f"{which} looks garbled (a font without a character map)", OCR))
     if empty:
-        return f"no text on page {_list(empty)} (scanned or blank?)", "If these pages are scans: " + ocr
-    return "", ""
+        found.append((f"no text on page {_list(empty)} (scanned or blank?)", f"If these pages are scans: {OCR}"))
+    return "; ".join(problem for problem, _ in found), " ".join(advice for _, advice in found)
 
 
 def _list(numbers: list[int]) -> str:
@@ -162,10 +181,16 @@ def _list(numbers: list[int]) -> str:
     return shown + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def _read(path: Path) -> bytes:
     """Return the bytes of a file, refusing what is no document before any of it is parsed."""
     try:
         mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise Unreadable("this folder can't be opened", "Check that you may read it (ls -ld).")
         if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
             raise Unreadable("it is not a regular file", "Remove it from the folder.")
         if path.suffix.lower() not in SUFFIXES:
@@ -177,37 +202,35 @@ def _read(path: Path) -> bytes:
         raise Unreadable(f"it can't be opened ({error.strerror})", advice) from error
     if not data:
         raise Unreadable("it is empty (0 bytes)", "Copy it again or remove it.")
-    is_pdf = b"%PDF-" in data[:1024]
-    if path.suffix.lower() == ".txt" and is_pdf:
+    if path.suffix.lower() == ".txt" and data[:1024].lstrip().startswith(b"%PDF-"):
         raise Unreadable("it is a PDF named .txt", "Rename it to .pdf.")
-    if path.suffix.lower() == ".pdf" and not is_pdf:
+    if path.suffix.lower() == ".pdf" and b"%PDF-" not in data[:1024]:
         raise Unreadable("it is not a PDF", "Give it the ending of what it is, or export it as PDF again.")
     return data
 
 
-def _read_pdf(data: bytes, path: Path) -> tuple[list[str | None], list[str]]:
-    """Return the text of each page (None where it is garbled) and the page labels."""
+def _read_pdf(data: bytes) -> tuple[list[str | PageFault], list[str]]:
+    """Return the text of each page, or why it has none, and the page labels."""
     import io
 
     from pypdf import PdfReader
     from pypdf.errors import DependencyError, FileNotDecryptedError
 
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what matters of its warnings is in the report
-    damaged = Unreadable("it is damaged", "Open it in a PDF viewer and export it again, or download it again.")
+    damaged = Unreadable("it is damaged", EXPORT)
     try:
         reader = PdfReader(io.BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):
             raise FileNotDecryptedError
         texts = [_page_text(page) for page in reader.pages]
-        labels = _page_labels(reader, len(texts))
     except (FileNotDecryptedError, DependencyError, NotImplementedError) as error:
         advice = "Remove the password (for example: qpdf --decrypt --password=… in.pdf out.pdf) and replace it."
         raise Unreadable("it is encrypted", advice) from error
-    except (Exception, RecursionError) as error:  # pypdf raises nearly anything on a broken file
+    except Exception as error:  # pypdf raises nearly anything on a broken file
         raise damaged from error
-    if not texts:
+    if all(text is PageFault.DAMAGED for text in texts):  # or no page at all
         raise damaged
-    return texts, labels
+    return texts, _page_labels(reader, len(texts))
 
 
 def _page_labels(reader, pages: int) -> list[str]:
@@ -219,14 +242,17 @@ def _page_labels(reader, pages: int) -> list[str]:
     return labels if len(labels) == pages else [str(number) for number in range(1, pages + 1)]
 
 
-def _page_text(page) -> str | None:
-    text = page.extract_text()
-    return None if looks_garbled(text) else clean(text)
+def _page_text(page) -> str | PageFault:
+    try:
+        text = page.extract_text()
+    except Exception:  # one broken page is no reason to lose the others
+        return PageFault.DAMAGED
+    return PageFault.GARBLED if looks_garbled(text) else clean(text)
 
 
-def _read_txt(data: bytes) -> str | None:
+def _read_txt(data: bytes) -> str | PageFault:
     text = decode(data)
-    return None if text is None or looks_garbled(text) else clean(text)
+    return PageFault.GARBLED if text is None or looks_garbled(text) else clean(text)
 
 
 def decode(data: bytes) -> str | None:
@@ -244,12 +270,15 @@ def decode(data: bytes) -> str | None:
         if max(even, odd) < 0.4 * len(data) / 2 or min(even, odd) > 0.1 * len(data) / 2:
             return None
         return data.decode("utf-16-be" if even > odd else "utf-16-le", errors="replace")
-    for encoding in ("utf-8", "cp1252"):
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    return data.decode("latin-1")
+    text = data.decode("utf-8", errors="replace")
+    broken = text.count("\ufffd") - data.count("\ufffd".encode())
+    # More whole characters beyond ASCII than broken ones: UTF-8 that was cut short or spoiled in places.
+    if not broken or len(_WHOLE.findall(text)) > broken:
+        return text
+    try:
+        return data.decode("cp1252")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
 
 
 def looks_garbled(text: str) -> bool:
@@ -277,7 +306,7 @@ def clean(text: str) -> str:
 
     A word divided at the end of a line is joined again: 'light-' + 'house' becomes 'lighthouse'.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_LIGATURES)
+    text = re.sub(r"\r\n?|[\v\f]", "\n", text).translate(_LIGATURES)  # a form feed ends a page in many a TXT
     text = unicodedata.normalize("NFC", text)
     text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u200b\ufeff]", "", text)
     return re.sub(r"(?<=[a-zà-ÿ])-\n(?=[a-zà-ÿ])", "", text)
@@ -315,7 +344,9 @@ def check_sizes(chunk_size: int, overlap: int) -> None:
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1 character.")
     if not 0 <= overlap < chunk_size:
-        raise ValueError(f"overlap is {overlap} and chunk_size {chunk_size}: overlap must be from 0 to {chunk_size - 1}.")
+        raise ValueError(
+            f"overlap is {overlap} and chunk_size {chunk_size}: overlap must be from 0 to {chunk_size - 1}."
+        )
 
 
 def chunk_id(file: str, page: int, start: int, text: str) -> str:

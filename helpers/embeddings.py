@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import numpy as np
 
@@ -37,11 +38,12 @@ PACKAGED_SHA256 = {
 
 
 class Embedder:
-    """Turns texts into unit vectors. A text longer than the encoder reads is embedded as several windows.
+    """Turns texts into unit vectors. A text longer than a window is embedded as several windows.
 
     `model` is a name on the hub or a folder; the default is read from its installed package, without a
     network. `device` ('cpu', 'cuda', 'mps') and `dtype` ('float32', 'bfloat16') are chosen by what this
-    machine has. `window_tokens` is the length of a window, at most `max_tokens`, what the encoder reads. Raises OSError if the model can't be had, ValueError if its files are not the expected ones.
+    machine has. `window_tokens` is the length of a window; `max_tokens`, what the encoder reads, bounds it.
+    Raises OSError if the model can't be had, ValueError if its files are not the expected ones.
     """
 
     def __init__(
@@ -104,17 +106,16 @@ class Embedder:
         while count - first > self.window_tokens:
             left = count - first
             parts = math.ceil((left - shared) / (self.window_tokens - shared))
-            last = _word_start(word_of, first + math.ceil((left + shared * (parts - 1)) / parts), first)
+            last = first + math.ceil((left + shared * (parts - 1)) / parts)
+            last = _word_start(word_of, last, first + shared)  # past what is shared, else the next would start here
             spans.append((offsets[first][0] if first else 0, offsets[last - 1][1]))
-            first = max(_word_start(word_of, last - shared, first), first + 1)
+            first = _word_start(word_of, last - shared, first)
         return [*spans, (offsets[first][0], len(text))]
 
     def tokenize(self, text: str):
         """Return the tokenizer's encoding of the whole `text`: token ids, offsets and words, no marks added."""
         tokenizer = self._model.tokenizer
-        return tokenizer(
-            text, add_special_tokens=False, truncation=False, return_offsets_mapping=True, verbose=False
-        )
+        return tokenizer(text, add_special_tokens=False, truncation=False, return_offsets_mapping=True, verbose=False)
 
     def _forward(self, texts: list[str]) -> np.ndarray:
         vectors = self._model.encode(texts, batch_size=len(texts), show_progress_bar=False, convert_to_tensor=True)
@@ -176,12 +177,16 @@ def _hub_answers(seconds: float = 5) -> bool:
     """Say whether the hub can be reached; without asking first, a load offline retries for over a minute."""
     from huggingface_hub import constants
 
-    host = urlsplit(constants.ENDPOINT).hostname
+    if constants.HF_HUB_OFFLINE:
+        return False
+    hub = urlsplit(constants.ENDPOINT)
+    through = urlsplit(getproxies().get(hub.scheme, constants.ENDPOINT))  # behind a proxy only the proxy answers
+    port = through.port or (80 if through.scheme == "http" else 443)
     try:
-        socket.create_connection((host, 443), timeout=seconds).close()
+        socket.create_connection((through.hostname, port), timeout=seconds).close()
     except OSError:
         return False
-    return not constants.HF_HUB_OFFLINE
+    return True
 
 
 def _fingerprint(name: str, model) -> str:

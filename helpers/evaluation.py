@@ -2,16 +2,17 @@
 
 import json
 import re
+import statistics
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import settings
 from helpers.chunking import Chunk
 from helpers.language import detect_language, words
-from helpers.retrieval import Retriever
+from helpers.retrieval import Index, Retriever
 
 KINDS = ("fact", "newer", "unanswerable")
 SPLITS = ("dev", "test")
@@ -132,7 +133,7 @@ def load_questions(path: str | Path = settings.QUESTIONS, split: str | None = No
     if faults:
         raise BadQuestions(f"{path.name} has {len(faults)} faulty lines; mend them:\n  " + "\n  ".join(faults))
     if not questions:
-        raise BadQuestions(f"{path.name} holds no question: a line is {{\"id\": …, \"question\": …, \"answers\": […], …}}.")
+        raise BadQuestions(f'{path.name} holds no question: a line is {{"id": …, "question": …, "answers": […], …}}.')
     return QuestionSet([question for question in questions if split in (None, question.split)])
 
 
@@ -268,9 +269,33 @@ def mean_reciprocal_rank(found: Sequence[int | None]) -> float:
 
 
 @dataclass(frozen=True)
-class QuoteScores:
-    """How well answers did: the right answer said; refusals of unanswerable and of answerable questions."""
+class RetrievalScores:
+    """How one mode of search did on the answerable questions of one language."""
 
+    mode: str
+    language: str
+    recall: dict[int, Share]  # k -> share of questions whose right chunk is among the first k
+    mrr: float
+
+
+def evaluate_retrieval(index: Index, questions: QuestionSet) -> list[RetrievalScores]:
+    """Search `index` in every mode for the answerable questions; return a row a mode and language."""
+    whole_passage = questions.passages is not None
+    rows = []
+    for mode in settings.MODES:
+        for language in sorted({question.language for question in questions.questions}):
+            asked = [q for q in questions.questions if q.answerable and q.language == language]
+            found = ranks(Retriever(index, mode), asked, whole_passage)
+            recall = {k: recall_at(found, k) for k in (1, 3, 5, DEPTH)}
+            rows.append(RetrievalScores(mode, language, recall, mean_reciprocal_rank(found)))
+    return rows
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """How answers did. `quoted`: the right answer stands in the quotes; `right`: and it was not refused."""
+
+    quoted: Share
     right: Share
     refused_unanswerable: Share
     refused_answerable: Share
@@ -278,20 +303,20 @@ class QuoteScores:
     longest: int
 
 
-def score_answers(questions: Sequence[Question], answers: Sequence, text_of: Callable[[object], str]) -> QuoteScores:
-    """Compare answers (with a `refused` field) with their questions; `text_of` gives the words of an answer."""
-    import statistics
+def score_answers(questions: Sequence[Question], texts: Sequence[str], refused: Sequence[bool]) -> AnswerScores:
+    """Compare the texts of answers, and whether each was refused, with the questions.
 
-    pairs = list(zip(questions, answers, strict=True))
-    lengths = [len(text_of(answer)) for answer in answers if not answer.refused]
-    return QuoteScores(
-        right=share(
-            not answer.refused and contains_answer(text_of(answer), question.answers, question.language)
-            for question, answer in pairs
-            if question.answerable
-        ),
-        refused_unanswerable=share(answer.refused for question, answer in pairs if not question.answerable),
-        refused_answerable=share(answer.refused for question, answer in pairs if question.answerable),
+    `texts` are what would be quoted were nothing refused; their lengths are in characters.
+    """
+    rows = list(zip(questions, texts, refused, strict=True))
+    quoted = [contains_answer(text, q.answers, q.language) for q, text, _ in rows if q.answerable]
+    kept = [not was_refused for q, _, was_refused in rows if q.answerable]
+    lengths = [len(text) for text in texts]
+    return AnswerScores(
+        quoted=share(quoted),
+        right=share(held and answered for held, answered in zip(quoted, kept, strict=True)),
+        refused_unanswerable=share(was_refused for q, _, was_refused in rows if not q.answerable),
+        refused_answerable=share(not answered for answered in kept),
         median_length=statistics.median(lengths) if lengths else 0.0,
         longest=max(lengths, default=0),
     )

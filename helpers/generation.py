@@ -7,13 +7,14 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from helpers import settings
+from helpers.evaluation import AnswerScores, QuestionSet, score_answers
 from helpers.language import detect_language, fold, sentences, stems, words
-from helpers.retrieval import Hit, Retriever
+from helpers.retrieval import Hit, Index, Retriever
 
 QUOTES = 2
 QUOTE_CHARACTERS = 290  # of one quote at most: two, with their numbers, stay under 600 characters
@@ -61,11 +62,15 @@ _PROPER = (
     "ciudad|pais|persona|equipo|estado|universidad|empresa|rio|isla|barco|rey|reina|presidente|pueblo|lugar|grupo|iglesia"
 )
 _ASKED = (
-    ("date", r"\bwhen\b|\b(?:what|which) (?:year|day|month|date|century)\b|\bcuando\b|\bque (?:ano|fecha|dia|mes|siglo)\b"),
+    (
+        "date",
+        r"\bwhen\b|\b(?:what|which) (?:year|day|month|date|century)\b|\bcuando\b|\bque (?:ano|fecha|dia|mes|siglo)\b",
+    ),
     (
         "number",
-        r"\bhow (?:many|much|long|old|far|tall|often|high|big|large|fast|heavy|deep|wide)\b|\bwhat (?:percentage|percent|"
-        r"number|age|size|amount|price)\b|\bcuant[oa]s?\b|\bque (?:porcentaje|numero|edad|precio|cantidad|tamano)\b",
+        r"\bhow (?:many|much|long|old|far|tall|often|high|big|large|fast|heavy|deep|wide)\b"
+        r"|\bwhat (?:percentage|percent|number|age|size|amount|price)\b"
+        r"|\bcuant[oa]s?\b|\bque (?:porcentaje|numero|edad|precio|cantidad|tamano)\b",
     ),
     (
         "name",
@@ -127,13 +132,20 @@ def answer(question: str, retriever: Retriever, llm: str = "quotes") -> Answer:
     ranked = rank_sentences(question, hits)
     language = retriever.index.question_language(question)
     refused = not ranked or confidence(question, retriever, hits, ranked) < settings.QUOTES_THRESHOLD[language]
-    if refused:
-        text, citations = REFUSALS[language], ()
-    else:
-        citations = tuple(_cite(sentence, question, hits) for sentence in ranked[:QUOTES])
-        text = "\n".join(f"{citation.quote} [{citation.number}]" for citation in citations)
+    citations = () if refused else quote(question, hits, ranked)
+    text = REFUSALS[language] if refused else "\n".join(f"{cited.quote} [{cited.number}]" for cited in citations)
     timings = {"retrieve": retrieved - started, "answer": time.perf_counter() - retrieved}
     return Answer(text, citations, tuple(hits), refused, timings)
+
+
+def quote(question: str, hits: Sequence[Hit], ranked: Sequence[Sentence]) -> tuple[Citation, ...]:
+    """Return the best sentences as citations, a long one shortened to the stretch that fits the question."""
+    citations = []
+    for sentence in ranked[:QUOTES]:
+        chunk = hits[sentence.hit].chunk
+        text = shorten(sentence.text, question, QUOTE_CHARACTERS)
+        citations.append(Citation(sentence.hit + 1, chunk.file, chunk.page, chunk.page_label, text))
+    return tuple(citations)
 
 
 def confidence(question: str, retriever: Retriever, hits: Sequence[Hit], ranked: Sequence[Sentence]) -> float:
@@ -173,6 +185,8 @@ def rank_sentences(question: str, hits: Sequence[Hit]) -> list[Sentence]:
     kind = asked_kind(question)
     ranked = []
     for (number, text, meaning), sentence in zip(candidates, stemmed, strict=True):
+        if sentence <= asked.keys():  # a heading that only names what was asked for answers nothing
+            continue
         coverage = _coverage(weights, sentence)
         kind_held = (1 if holds_kind(kind, text, question) else -1) if kind else 0
         gap = hits[0].score - hits[number].score
@@ -238,12 +252,6 @@ def _things(kind: str, text: str, name: re.Pattern) -> set[str]:
     return set(name.findall(text))
 
 
-def _cite(sentence: Sentence, question: str, hits: Sequence[Hit]) -> Citation:
-    chunk = hits[sentence.hit].chunk
-    quote = shorten(sentence.text, question, QUOTE_CHARACTERS)
-    return Citation(sentence.hit + 1, chunk.file, chunk.page, chunk.page_label, quote)
-
-
 def shorten(text: str, question: str, limit: int) -> str:
     """Return at most `limit` characters of `text`: the stretch of whole words that holds most of the question's."""
     if len(text) <= limit:
@@ -262,3 +270,19 @@ def shorten(text: str, question: str, limit: int) -> str:
         piece = piece.rsplit(None, 1)[0] if " " in piece else piece
         piece += " …"
     return ("… " if start else "") + piece
+
+
+def evaluate_quotes(index: Index, questions: QuestionSet) -> dict[str, AnswerScores]:
+    """Answer every question with quotes from the top `settings.TOP_K` hits; return the scores of each language."""
+    retriever = Retriever(index)
+    scores = {}
+    for language in sorted({question.language for question in questions.questions}):
+        asked = [question for question in questions.questions if question.language == language]
+        texts, refused = [], []
+        for question, hits in zip(asked, retriever.search_many([q.question for q in asked]), strict=True):
+            ranked = rank_sentences(question.question, hits)
+            texts.append(" ".join(cited.quote for cited in quote(question.question, hits, ranked)))
+            sure = confidence(question.question, retriever, hits, ranked)
+            refused.append(sure < settings.QUOTES_THRESHOLD[index.question_language(question.question)])
+        scores[language] = score_answers(asked, texts, refused)
+    return scores

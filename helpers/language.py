@@ -7,21 +7,23 @@ two it resembles more: search by meaning is untouched by that, search by words l
 import re
 import unicodedata
 from functools import lru_cache
+from itertools import pairwise
 
 LANGUAGES = ("en", "es")
 SNOWBALL = {"en": "english", "es": "spanish"}
 
 # Words that ask, and words that point, carry no subject. The published lists leave some of them in.
 QUESTION_WORDS = {
-    "en": "what which who whom whose when where why how many much long often does did do is are was were "
-    "can could may must should would has have had there any kind name called".split(),
-    "es": "qué cuál cuáles quién quiénes cuándo dónde adónde cómo cuánto cuánta cuántos cuántas por para "
-    "hay es son fue era fueron está están tiene tienen debe deben puede pueden ha han llama tipo".split(),
+    "en": "what which who whom whose when where why how many much long often does did do is are was were can could may "
+    "must should would has have had there any kind name called".split(),
+    "es": "qué cuál cuáles quién quiénes cuándo dónde adónde cómo cuánto cuánta cuántos cuántas por para hay es son "
+    "fue era fueron está están tiene tienen debe deben puede pueden ha han llama tipo".split(),
 }
 
 _WORD = re.compile(r"[^\W_]+(?:[.,:][0-9]+)*", re.UNICODE)
-# A sentence ends at . ! ? or … (with a closing quote or bracket), before a space and a beginning.
-_SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s+[\"'“‘«(\[¿¡]*[A-ZÁÉÍÓÚÜÑ0-9])")
+# A sentence ends at . ! ? or … (with a closing quote or bracket), before a space and a beginning. The look behind
+# starts a match only where a run of dots starts: else a long run is read anew from each of its dots.
+_SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]+[\"'”’»)\]]*(?=\s+[\"'“‘«(\[¿¡]*[A-ZÁÉÍÓÚÜÑ0-9])")
 _ABBREVIATION = re.compile(
     r"(?:\b(?:mr|mrs|ms|dr|prof|st|no|vol|pp?|fig|approx|vs|jr|sr|sra|srta|dra|ud|uds|d|dña|núm|art|cap|pág"
     r"|págs|aprox|av|avda|ee|uu|gral|ing|lic)|\b[A-ZÁÉÍÓÚÑ]|\be\.g|\bi\.e|\bp\. ?ej)\.$",
@@ -101,7 +103,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
     cuts.update(_line_cuts(text))
     ordered = sorted(cuts)
     spans = []
-    for start, end in zip(ordered, ordered[1:], strict=False):
+    for start, end in pairwise(ordered):
         piece = text[start:end]
         stripped = piece.strip()
         if stripped:
@@ -119,9 +121,13 @@ def _line_cuts(text: str) -> list[int]:
     # The 90th percentile is the width of the column; a line under 0.7 of it stopped early.
     early = 0.7 * lengths[int(0.9 * (len(lengths) - 1))] if lengths else 0
     cuts, offset = [], 0
-    for line, following in zip(lines, lines[1:], strict=False):
+    for line, following in pairwise(lines):
         offset += len(line) + 1
         begins_anew = re.match(r"\s*(?:[-•*–·|]|[\"“«(¿¡]*[A-ZÁÉÍÓÚÑ0-9]|$)", following)
-        if not line.strip() or (begins_anew and len(line.rstrip()) < early) or following.lstrip().startswith(("•", "- ")):
+        if (
+            not line.strip()
+            or (begins_anew and len(line.rstrip()) < early)
+            or following.lstrip().startswith(("•", "- "))
+        ):
             cuts.append(offset - 1)
     return cuts

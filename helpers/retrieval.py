@@ -7,10 +7,8 @@ import dataclasses
 import hashlib
 import json
 import math
-import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,15 +28,11 @@ from helpers.chunking import (
 )
 from helpers.embeddings import Embedder, Progress
 from helpers.language import detect_language, stems
+from helpers.storage import checked_manifest, locked, put_in_place, refused, sha256_of, write_manifest
 
 FORMAT = 1  # of the files on disk; one more whenever they change
 # Of a larger index only the nearest windows take part in the fusion; a FAISS on a GPU returns no more than this.
 CANDIDATES = 2048
-LOCK_SECONDS = 600
-
-
-class IndexRefused(Exception):
-    """An index on disk that can't be trusted or doesn't fit; the message says how to build it anew."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +81,14 @@ class Index:
         files: Mapping[str, str] | None = None,
         sizes: tuple[int, int] = (settings.CHUNK_SIZE, settings.CHUNK_OVERLAP),
         bm25=None,
+        problems: Mapping[str, str] | None = None,
     ):
         self.chunks = list(chunks)
         self.vectors = vectors
         self.owners = owners
         self.embedder = embedder
         self.files = dict(files or {})  # relative path -> SHA-256 of its bytes
+        self.problems = dict(problems or {})  # relative path -> what was wrong with that file, and what to do
         self.chunk_size, self.overlap = sizes
         self.languages = _languages(self.chunks)
         self.faiss = _faiss_index(vectors)
@@ -149,7 +145,7 @@ class Index:
         find_files(documents)  # a folder that isn't there is said before the model is loaded
         embedder = embedder or Embedder()
         folder = index_folder(documents, embedder, chunk_size, overlap)
-        with _locked(folder):
+        with locked(folder):
             if (folder / "manifest.json").exists():
                 index = cls._read(folder, embedder)
             else:
@@ -167,7 +163,7 @@ class Index:
         is unchanged, file or chunk, keeps its vectors. Raises ValueError if no text is left.
         """
         paths = {relative_name(path, documents): path for path in find_files(documents)}
-        digests = {name: _sha256(path) for name, path in paths.items()}
+        digests = {name: sha256_of(path) for name, path in paths.items()}
         update = Update(
             added=[name for name in digests if name not in self.files],
             changed=[name for name in digests if name in self.files and self.files[name] != digests[name]],
@@ -188,7 +184,10 @@ class Index:
         if not chunks:
             raise ValueError(_nothing_to_index(documents, update.report))
         vectors, owners = self._vectors_of(chunks, progress)
-        self.__init__(chunks, vectors, owners, self.embedder, digests, (self.chunk_size, self.overlap))
+        problems = {name: problem for name, problem in self.problems.items() if name in kept}
+        problems |= {row.file: str(row) for row in update.report if row.problem}
+        sizes = self.chunk_size, self.overlap
+        self.__init__(chunks, vectors, owners, self.embedder, digests, sizes, problems=problems)
         return update
 
     def _vectors_of(self, chunks: list[Chunk], progress: Progress | None) -> tuple[np.ndarray, np.ndarray]:
@@ -208,74 +207,80 @@ class Index:
 
     def save(self, folder: str | Path) -> None:
         """Write the index into `folder`: written aside, then renamed into place, one writer at a time."""
-        with _locked(Path(folder)):
+        with locked(Path(folder)):
             self._write(Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path, embedder: Embedder | None = None) -> "Index":
         """Read an index that `save` wrote. Raises FileNotFoundError, or IndexRefused with what to do."""
         folder = Path(folder)
-        with _locked(folder):
+        with locked(folder):
             if not (folder / "manifest.json").exists():
-                raise FileNotFoundError(f"There is no index in {printable(folder)}: build one with Index.build(…).save.")
+                advice = "build one with Index.build(…).save."
+                raise FileNotFoundError(f"There is no index in {printable(folder)}: {advice}")
             return cls._read(folder, embedder)
 
     def _write(self, folder: Path) -> None:
         import faiss
 
-        new = folder.with_name(folder.name + ".new")
-        shutil.rmtree(new, ignore_errors=True)  # what a killed writer left
-        new.mkdir(parents=True)
-        faiss.write_index(_flat(self.vectors), str(new / "vectors.faiss"))
-        lines = (
-            json.dumps(dataclasses.asdict(chunk) | {"windows": int(count)}, ensure_ascii=False)
-            for chunk, count in zip(self.chunks, np.bincount(self.owners, minlength=len(self.chunks)), strict=True)
-        )
-        (new / "chunks.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        self.bm25.save(new / "bm25", show_progress=False, allow_pickle=False)
-        manifest = {
-            "format": FORMAT,
-            "embedding": {
+        with put_in_place(folder) as new:
+            faiss.write_index(_flat(self.vectors), str(new / "vectors.faiss"))
+            windows = np.bincount(self.owners, minlength=len(self.chunks))
+            lines = (
+                json.dumps(dataclasses.asdict(chunk) | {"windows": int(count)}, ensure_ascii=False)
+                for chunk, count in zip(self.chunks, windows, strict=True)
+            )
+            (new / "chunks.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            self.bm25.save(new / "bm25", show_progress=False, allow_pickle=False)
+            made_with = {
                 "model": self.embedder.name,
                 "fingerprint": self.embedder.fingerprint,
                 "window_tokens": self.embedder.window_tokens,
-            },
-            "chunking": {"chunk_size": self.chunk_size, "overlap": self.overlap},
-            "documents": self.files,
-            "files": {path.relative_to(new).as_posix(): _sha256(path) for path in sorted(_files_below(new))},
-        }
-        (new / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-        old = _old(folder)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+            }
+            facts = {
+                "embedding": made_with,
+                "chunking": {"chunk_size": self.chunk_size, "overlap": self.overlap},
+                "documents": self.files,
+                "problems": self.problems,
+            }
+            write_manifest(new, FORMAT, facts)
 
     @classmethod
     def _read(cls, folder: Path, embedder: Embedder | None) -> "Index":
-        import faiss
-        from bm25s import BM25
-
-        manifest = _checked_manifest(folder)
+        manifest = checked_manifest(folder, FORMAT)
         made_with = manifest["embedding"]
         embedder = embedder or Embedder(made_with["model"], window_tokens=made_with["window_tokens"])
         if made_with["fingerprint"] != embedder.fingerprint:
-            names = f"({made_with['model']}) than the one given ({embedder.name})"
-            raise _refused(folder, f"it was built with another model {names}")
-        rows = [json.loads(line) for line in (folder / "chunks.jsonl").read_text(encoding="utf-8").split("\n") if line]
-        windows = [row.pop("windows") for row in rows]
-        owners = np.repeat(np.arange(len(rows)), windows)
-        stored = faiss.read_index(str(folder / "vectors.faiss"))
-        if stored.ntotal != len(owners) or stored.d != embedder.dimension:
-            raise _refused(folder, f"it has {stored.ntotal} vectors of {stored.d} numbers for {len(owners)} windows")
-        vectors = stored.reconstruct_n(0, stored.ntotal)
+            raise refused(folder, f"it was built with another model, {made_with['model']}, not {embedder.name}")
         if made_with["window_tokens"] != embedder.window_tokens:
             sizes = f"{made_with['window_tokens']} tokens, the given encoder's of {embedder.window_tokens}"
-            raise _refused(folder, f"its windows are of {sizes}")
-        sizes = manifest["chunking"]["chunk_size"], manifest["chunking"]["overlap"]
-        bm25 = BM25.load(folder / "bm25", allow_pickle=False)
-        return cls([Chunk(**row) for row in rows], vectors, owners, embedder, manifest["documents"], sizes, bm25)
+            raise refused(folder, f"its windows are of {sizes}")
+        try:
+            return cls._parse(folder, manifest, embedder)
+        except (ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
+            # Its hashes match, so it was written like this: by another program, or by somebody who means harm.
+            raise refused(folder, f"a file in it can't be parsed ({error})") from error
+
+    @classmethod
+    def _parse(cls, folder: Path, manifest: Mapping, embedder: Embedder) -> "Index":
+        import faiss
+        from bm25s import BM25
+
+        rows = [json.loads(line) for line in (folder / "chunks.jsonl").read_text(encoding="utf-8").split("\n") if line]
+        owners = np.repeat(np.arange(len(rows)), [row.pop("windows") for row in rows])
+        stored = faiss.read_index(str(folder / "vectors.faiss"))
+        if stored.ntotal != len(owners) or stored.d != embedder.dimension:
+            raise ValueError(f"{stored.ntotal} vectors of {stored.d} numbers for {len(owners)} windows")
+        return cls(
+            [Chunk(**row) for row in rows],
+            stored.reconstruct_n(0, stored.ntotal),
+            owners,
+            embedder,
+            manifest["documents"],
+            (manifest["chunking"]["chunk_size"], manifest["chunking"]["overlap"]),
+            BM25.load(folder / "bm25", allow_pickle=False),
+            manifest["problems"],
+        )
 
     def question_language(self, question: str) -> str:
         """Return the language of a question; that of most chunks where the question doesn't tell."""
@@ -438,73 +443,8 @@ def _bm25_index(chunks: Sequence[Chunk], languages: Sequence[str]):
     return bm25
 
 
-def _old(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".old")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of an index folder; put back what a writer killed between its two renames left."""
-    from filelock import FileLock, Timeout
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(folder.name + ".lock")
-    try:
-        with FileLock(lock, timeout=LOCK_SECONDS):
-            if not folder.exists() and _old(folder).exists():
-                _old(folder).rename(folder)
-            yield
-    except Timeout as error:
-        raise TimeoutError(
-            f"Another process has been writing this index for {LOCK_SECONDS} s ({printable(lock)}): wait for it or stop it."
-        ) from error
-
-
-def _checked_manifest(folder: Path) -> dict:
-    """Return the manifest after comparing every file with it, before any of them is parsed."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        version, listed = manifest["format"], manifest["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _refused(folder, "its manifest.json is damaged") from error
-    if version != FORMAT:
-        raise _refused(folder, f"its format is {version}, this code writes {FORMAT}")
-    present = {path.relative_to(folder).as_posix(): path for path in _files_below(folder)}
-    present.pop("manifest.json")
-    for name in sorted(listed.keys() | present.keys()):
-        if name not in present:
-            raise _refused(folder, f"{printable(name)} is missing")
-        if name not in listed:
-            raise _refused(folder, f"{printable(name)} doesn't belong to it")
-        if _sha256(present[name]) != listed[name]:
-            raise _refused(folder, f"{printable(name)} doesn't match its hash in manifest.json")
-    return manifest
-
-
-def _refused(folder: Path, why: str) -> IndexRefused:
-    return IndexRefused(
-        f"The index in {printable(folder)} is refused: {why}. Delete that folder, and the next `python -m helpers index` "
-        "(or Index.open) builds it anew from the documents."
-    )
-
-
 def _nothing_to_index(documents: str | Path, report: Sequence[FileReport]) -> str:
     head = f"No text to index in {printable(documents)}: "
     if not report:
         return head + "it holds no PDF or TXT file. Put some in it."
     return head + "none of its files could be read.\n" + "\n".join(f"  {row}" for row in report)
-
-
-def _files_below(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if not path.is_dir()]
-
-
-def _sha256(path: Path) -> str:
-    """Return the SHA-256 of a regular file's bytes; '' for what can't be read, so that it is tried again."""
-    try:
-        if not path.is_file():
-            return ""
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""

@@ -40,6 +40,15 @@ DENSE_WEIGHT = {"en": 0.7, "es": 0.4}
 # development questions so that at most one answerable question in ten is refused.
 QUOTES_THRESHOLD = {"en": 0.66, "es": 0.71}
 OLLAMA_MODEL = "gpt-oss:20b"
+# Models for smaller machines, the best first: name, download in GB, memory in GiB to run it with room for a prompt.
+# Sizes as Ollama's library lists them.
+OLLAMA_MODELS = (
+    (OLLAMA_MODEL, 14.0, 16.0),
+    ("qwen3:8b", 5.2, 8.0),
+    ("qwen3:4b", 2.5, 5.0),
+    ("qwen3:1.7b", 1.4, 3.0),
+    ("qwen3:0.6b", 0.5, 2.0),
+)
 
 
 def device() -> str:

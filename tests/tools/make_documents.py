@@ -304,8 +304,7 @@ def make_table(rows: list[list[str]], width: float, styles: dict[str, ParagraphS
     widths = [column * width / sum(widths) for column in widths]
     looks = [styles["head cell"]] + [styles["cell"]] * (len(rows) - 1)
     cells = [
-        [Cell(html.escape(cell, quote=False), look) for cell in row]
-        for look, row in zip(looks, rows, strict=True)
+        [Cell(html.escape(cell, quote=False), look) for cell in row] for look, row in zip(looks, rows, strict=True)
     ]
     table = platypus.Table(cells, widths, repeatRows=1, spaceBefore=4, spaceAfter=14)
     everywhere = ((0, 0), (-1, -1))
@@ -372,9 +371,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="NAME", help="the source NAME.md alone")
     parser.add_argument("--check", action="store_true", help="print nothing, compare")
     options = parser.parse_args()
-    work, remark = (
-        (differing, " is missing or out of date") if options.check else (render_folder, "")
-    )
+    work, remark = (differing, " is missing or out of date") if options.check else (render_folder, "")
     try:
         names = work(SOURCES, OUTPUT, options.only)
     except SourceError as error:

@@ -1,0 +1,47 @@
+# Each target sets up .venv on first use; nothing else has to be installed.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# What makes outputs the same on every machine: no GPU, full precision; and one thread a process, so that two
+# processes on two cores don't slow each other twentyfold.
+REPEATABLE := CUDA_VISIBLE_DEVICES= HELPERS_DTYPE=float32 HELPERS_LLM=tiny HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help lab test run chat stress
+
+help:
+	@echo "make lab     open the course in JupyterLab"
+	@echo "make test    run the tests, notebooks included (minutes)"
+	@echo "make run     run every notebook headless into runs/ and print its time"
+	@echo "make chat    ask the documents in mis_documentos/ until 'salir'"
+	@echo "make stress  the long and brutal tests"
+
+$(READY): requirements.lock requirements.txt pyproject.toml
+	@echo "First use: setting up .venv with the packages of requirements.lock (2 to 10 minutes, about 2 GB) …"
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} was found; the course runs on 3.11 to 3.13. Name one: make lab PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "Python's venv module is missing: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+	@echo "Ready."
+
+# Loopback only. As root (a container) JupyterLab wants to be told that this is meant; without a display it prints
+# the address instead of opening a browser.
+lab: $(READY)
+	@$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.allow_remote_access=False \
+	  $(if $(filter 0,$(shell id -u)),--allow-root) \
+	  $(if $(or $(DISPLAY),$(WAYLAND_DISPLAY),$(filter Darwin,$(shell uname))),,--no-browser) \
+	  --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
+	  notebooks/00_start_here.ipynb
+
+test: $(READY)
+	@$(REPEATABLE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+run: $(READY)
+	@$(REPEATABLE) $(BIN)/python tests/tools/run_notebooks.py
+
+chat: $(READY)
+	@$(BIN)/python -m helpers chat
+
+stress: $(READY)
+	@$(REPEATABLE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m stress
