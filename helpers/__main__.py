@@ -195,7 +195,8 @@ def _question_files(folder: Path) -> list[Path]:
 
 
 def _print_evaluation(index, questions) -> None:
-    from helpers.evaluation import evaluate_quotes, evaluate_retrieval
+    from helpers.evaluation import evaluate_retrieval
+    from helpers.generation import evaluate_quotes
 
     print("Search            language     n  recall@1  recall@3 [95 % interval]   recall@10    MRR")
     for row in evaluate_retrieval(index, questions):

@@ -358,10 +358,11 @@ def split_text(text: str, chunk_size: int, overlap: int) -> list[Span]:
     """Return the (start, end) of each chunk of `text`, white space trimmed at both ends.
 
     The algorithm of LangChain's RecursiveCharacterTextSplitter with `SEPARATORS` kept at the end of the piece
-    before them, on offsets instead of strings.
+    before them, on offsets instead of strings. Where only white space sets two chunks apart, it gives the same
+    chunk twice; here it stands once.
     """
     spans = (_trim(text, span) for span in _split(text, (0, len(text)), SEPARATORS, chunk_size, overlap))
-    return [span for span in spans if span[0] < span[1]]
+    return list(dict.fromkeys(span for span in spans if span[0] < span[1]))
 
 
 def _split(text: str, span: Span, separators: tuple[str, ...], size: int, overlap: int) -> Iterator[Span]:

@@ -26,12 +26,6 @@ TEXTS = [
 ]
 
 
-@pytest.fixture
-def indexes(monkeypatch, tmp_path):
-    monkeypatch.setattr(settings, "INDEXES", tmp_path / "index")
-    return tmp_path / "index"
-
-
 @pytest.fixture(scope="module")
 def small(embedder):
     return Index.from_texts(TEXTS, [{"file": f"{n}.txt", "page": n + 1} for n in range(len(TEXTS))], embedder)

@@ -1,0 +1,187 @@
+"""The terminal, driven as a person drives it: as a process, and through a pseudo-terminal."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from helpers import doctor, ollama, settings
+from helpers.__main__ import main
+
+TEXTS = {
+    "goat.txt": "The goat of Corvejón is called Almirante. The keeper Anselmo Grieve feeds it at dawn.",
+    "faro.txt": "El faro de Cabo Lirón mide 21 metros. Lo pintaron de blanco en 1902.",
+}
+
+
+@pytest.fixture
+def docs(tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "INDEXES", tmp_path / "index")
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for name, text in TEXTS.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "helpers", *map(str, arguments)], capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def test_ask_answers_with_sources(docs, capsys):
+    assert main(["ask", "Who feeds the goat of Corvejón?", "--docs", str(docs)]) == 0
+    out, err = capsys.readouterr()
+    assert "Anselmo Grieve feeds it at dawn" in out and "Sources: [1] goat.txt, page 1" in out
+    assert "2 new" in err
+    assert main(["ask", "¿Cuánto mide el faro de Cabo Lirón?", "--docs", str(docs)]) == 0
+    out, err = capsys.readouterr()
+    assert "21 metros" in out and "Fuentes: [1] faro.txt, página 1" in out
+    assert err == ""
+
+
+def test_ask_prints_json(docs, capsys):
+    assert main(["ask", "Who feeds the goat?", "--docs", str(docs), "--json", "--top-k", "1", "--mode", "bm25"]) == 0
+    given = json.loads(capsys.readouterr().out)
+    assert given["question"] == "Who feeds the goat?" and not given["refused"]
+    assert given["citations"][0]["file"] == "goat.txt" and len(given["hits"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ask", "x", "--docs", "no-such-folder"], "There is no folder no-such-folder"),
+        (["ask", "  "], "The question is empty"),
+        (["ask", "x", "--top-k", "0"], "top_k is 0"),
+        (["evaluate", "no-such-file.jsonl"], "There is no question file no-such-file.jsonl"),
+        (["chat", "--docs", "no-such-folder"], "There is no folder"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_exit_code_2(docs, capsys, arguments, said):
+    if arguments == ["ask", "x", "--top-k", "0"]:
+        arguments += ["--docs", str(docs)]
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert said in err and "Traceback" not in err and out == ""
+
+
+def test_index_shows_every_file(docs, capsys):
+    (docs / "broken.pdf").write_bytes(b"%PDF-1.7 broken")
+    for _ in range(2):  # the second time nothing is read, and the broken file is still named
+        assert main(["index", "--docs", str(docs)]) == 0
+        out = capsys.readouterr().out
+        assert "goat.txt: 1 chunks" in out and "! broken.pdf: it is damaged" in out
+
+
+def test_evaluate_prints_recall_and_quotes(docs, capsys, tmp_path):
+    questions = tmp_path / "mine.jsonl"
+    row = {"id": "1", "language": "en", "question": "Who feeds the goat?", "answers": ["Anselmo Grieve"]}
+    row |= {"file": "goat.txt", "page": 1, "kind": "fact"}
+    none = {"id": "2", "language": "en", "question": "What is tungsten?", "answers": [], "file": None, "page": None}
+    questions.write_text(json.dumps(row) + "\n" + json.dumps(none | {"kind": "unanswerable"}), encoding="utf-8")
+    assert main(["evaluate", str(questions), "--docs", str(docs)]) == 0
+    out = capsys.readouterr().out
+    assert "hybrid" in out and "bm25" in out and "dense" in out
+    assert "1.000 [0.207, 1.000]" in out  # one question of one: the interval says how little that is
+    assert "refused, rightly" in out
+    questions.write_text(json.dumps(row | {"answers": ["Bruno"]}), encoding="utf-8")
+    assert main(["evaluate", str(questions), "--docs", str(docs)]) == 2
+    assert "no accepted answer stands on page 1" in capsys.readouterr().err
+
+
+def test_chat_without_a_terminal_prompts_for_nothing():
+    done = run("chat", input="Who feeds the goat of Corvejón?\n\n   \nsalir\nnever asked\n")
+    assert done.returncode == 0
+    assert "> " not in done.stdout and "Traceback" not in done.stderr
+    assert done.stdout.count("Sources") + done.stdout.count("documents don't say") == 1
+
+
+def read_until(terminal, text, seconds=60):
+    """Return what the terminal showed until `text` appeared."""
+    shown, end = "", time.monotonic() + seconds
+    while text not in shown:
+        assert time.monotonic() < end, f"{text!r} never appeared in {shown!r}"
+        if select.select([terminal], [], [], 0.2)[0]:
+            try:
+                shown += os.read(terminal, 65536).decode("utf-8", "replace")
+            except OSError:  # the other end is closed
+                break
+    return shown
+
+
+@pytest.mark.parametrize("leave", ["salir\n", "EXIT\n", "\x04"], ids=["salir", "EXIT", "Ctrl-D"])
+def test_chat_in_a_terminal(leave):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "helpers", "chat"])
+    try:
+        read_until(terminal, "\n> ")
+        os.write(terminal, "¿Quién fabrica la Lumbrera 9?\n".encode())
+        assert "Fuentes" in read_until(terminal, "s)\r\n")
+        os.write(terminal, b"\n")
+        read_until(terminal, "> ")
+        os.kill(pid, signal.SIGINT)  # at the prompt it ends nothing
+        read_until(terminal, "> ")
+        os.write(terminal, b"What is the boiling point of tungsten?\n")
+        assert "documents don't say" in read_until(terminal, "s)\r\n")
+        os.write(terminal, leave.encode())
+        assert os.waitpid(pid, 0)[1] == 0
+        pid = 0
+    finally:
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        os.close(terminal)
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(docs, monkeypatch, capsys):
+    from helpers import generation
+
+    questions = iter(["What takes long?\n", "Who feeds the goat of Corvejón?\n", "salir\n"])
+    monkeypatch.setattr(sys.stdin, "readline", lambda: next(questions), raising=False)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
+    real = generation.answer
+
+    def interrupted(question, *rest):
+        if "long" in question:
+            raise KeyboardInterrupt
+        return real(question, *rest)
+
+    monkeypatch.setattr(generation, "answer", interrupted)
+    assert main(["chat", "--docs", str(docs)]) == 0
+    out = capsys.readouterr().out
+    assert "Stopped." in out and "Anselmo Grieve" in out
+
+
+def test_doctor_names_what_is_there_and_what_mends_the_rest(capsys, monkeypatch):
+    monkeypatch.setattr(ollama, "look", lambda: ollama.Server(None, None))
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for subject in ("Python", "Memory", "Disk", "GPU", "Packages", "Encoder", "Ollama", "Therefore"):
+        assert f"\n{subject}" in f"\n{out}"
+    assert "not installed" in out
+
+
+@pytest.mark.parametrize(
+    ("memory", "model"), [(24.0, "gpt-oss:20b"), (9.0, "qwen3:8b"), (4.0, "qwen3:1.7b"), (1.0, "none of the course's")]
+)
+def test_doctor_names_the_model_that_fits(memory, model):
+    machine = settings.Machine("Linux", "3.12", 2, memory, memory, 50.0, None, 0.0, ())
+    finding = doctor._ollama_model(machine, ollama.Server(None, None))
+    assert finding.found.startswith(model)
+
+
+def test_doctor_compares_with_the_lock(tmp_path, monkeypatch):
+    lock = tmp_path / "requirements.lock"
+    lock.write_text("# comment\nnumpy==0.0.1\nno-such-package==1.0\nwin-only==1 ; sys_platform == 'nowhere'\n")
+    monkeypatch.setattr(settings, "LOCK", lock)
+    different = doctor.lock_differences()
+    assert [line.split()[0] for line in different] == ["numpy", "no-such-package"]
+    assert "missing" in different[1]
