@@ -102,14 +102,16 @@ class Embedder:
             return [(0, len(text))]
         offsets, word_of = encoding["offset_mapping"], encoding.word_ids()
         shared = min(settings.WINDOW_OVERLAP, self.window_tokens // 4)
-        spans, first = [], 0
+        spans, first, last = [], 0, 0
         while count - first > self.window_tokens:
             left = count - first
             parts = math.ceil((left - shared) / (self.window_tokens - shared))
-            last = first + math.ceil((left + shared * (parts - 1)) / parts)
-            last = _word_start(word_of, last, first + shared)  # past what is shared, else the next would start here
+            target = first + math.ceil((left + shared * (parts - 1)) / parts)
+            # Words longer than what is shared must neither keep a window from reaching further than the one before
+            # nor take the start of the next far back.
+            last = _word_start(word_of, target, max(first + shared, last))
             spans.append((offsets[first][0] if first else 0, offsets[last - 1][1]))
-            first = _word_start(word_of, last - shared, first)
+            first = _word_start(word_of, last - shared, last - 2 * shared)
         return [*spans, (offsets[first][0], len(text))]
 
     def tokenize(self, text: str):

@@ -17,7 +17,7 @@ from helpers.language import detect_language, fold, sentences, stems, words
 from helpers.retrieval import Hit, Index, Retriever
 
 QUOTES = 2
-QUOTE_CHARACTERS = 290  # of one quote at most: two, with their numbers, stay under 600 characters
+QUOTE_CHARACTERS = 588  # of all quotes together: with their numbers they stay under 600
 
 # How a sentence is scored: the share of the question's words it holds, plus a part of the cosine of the windows it
 # stands in, plus a little for holding the kind of thing that is asked for, less a little for standing in a passage that
@@ -139,22 +139,26 @@ def answer(question: str, retriever: Retriever, llm: str = "quotes") -> Answer:
 
 
 def quote(question: str, hits: Sequence[Hit], ranked: Sequence[Sentence]) -> tuple[Citation, ...]:
-    """Return the best sentences as citations, a long one shortened to the stretch that fits the question."""
+    """Return the best sentences as citations, the longer shortened to the stretch that fits the question."""
+    best = ranked[:QUOTES]
+    half = QUOTE_CHARACTERS // QUOTES
     citations = []
-    for sentence in ranked[:QUOTES]:
+    for number, sentence in enumerate(best):
+        # What the other quotes leave free of their halves goes to this one.
+        others = sum(min(len(other.text), half) for place, other in enumerate(best) if place != number)
+        text = shorten(sentence.text, question, QUOTE_CHARACTERS - others)
         chunk = hits[sentence.hit].chunk
-        text = shorten(sentence.text, question, QUOTE_CHARACTERS)
         citations.append(Citation(sentence.hit + 1, chunk.file, chunk.page, chunk.page_label, text))
     return tuple(citations)
 
 
 def confidence(question: str, retriever: Retriever, hits: Sequence[Hit], ranked: Sequence[Sentence]) -> float:
-    """Return a score that is the higher the likelier the hits answer `question`; about 0.3 to 1.2.
+    """Return a score that is the higher the likelier the hits answer `question`; about 0.5 to 1.8.
 
     Five signs: how near the nearest window is in meaning; how much of the question the documents know at all, rare
     words counting more; whether the names it names stand in the hits; how well the best sentence fits; how far the best
-    hit stands out from all chunks. Weights and threshold come from the development questions, checked on half of
-    XQuAD with each question's passage taken away.
+    hit stands out from all chunks. The weights come from a logistic regression on the development questions, as they
+    are and with each one's answer taken out of the hits.
     """
     index = retriever.index
     language = index.question_language(question)
@@ -164,7 +168,8 @@ def confidence(question: str, retriever: Retriever, hits: Sequence[Hit], ranked:
     meaning = max((cosine for hit in hits for _, _, cosine in hit.windows), default=0.5)
     # In a handful of chunks none can stand out by several standard deviations: again a middling value.
     lead = hits[0].score if len(index.chunks) >= FEW_CHUNKS else MIDDLING_LEAD
-    return 0.3 * meaning + 0.3 * known + 0.1 * _names_found(question, hits) + 0.3 * ranked[0].score + 0.05 * lead
+    fit = ranked[0].score
+    return 0.3 * meaning + 0.3 * known + 0.1 * _names_found(question, hits) + 0.3 * fit + 0.12 * lead
 
 
 def _names_found(question: str, hits: Sequence[Hit]) -> float:

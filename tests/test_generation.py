@@ -4,7 +4,6 @@ import pytest
 
 from helpers.chunking import Chunk
 from helpers.generation import (
-    QUOTE_CHARACTERS,
     REFUSALS,
     answer,
     asked_kind,
@@ -96,8 +95,8 @@ def test_two_quotes_are_never_longer_than_600_characters(embedder):
 
 def test_shorten_keeps_the_stretch_that_fits_the_question():
     text = "word " * 100 + "the goat eats the logbook " + "more " * 100
-    short = shorten(text, "What does the goat eat?", QUOTE_CHARACTERS)
-    assert len(short) <= QUOTE_CHARACTERS and "goat eats" in short
+    short = shorten(text, "What does the goat eat?", 290)
+    assert len(short) <= 290 and "goat eats" in short
     assert short.startswith("… ") and short.endswith(" …")
     assert shorten("short", "What?", 100) == "short"
     assert len(shorten("x" * 5000, "What?", 100)) <= 100
