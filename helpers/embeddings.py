@@ -111,7 +111,7 @@ class Embedder:
             # nor take the start of the next far back.
             last = _word_start(word_of, target, max(first + shared, last))
             spans.append((offsets[first][0] if first else 0, offsets[last - 1][1]))
-            first = _word_start(word_of, last - shared, last - 2 * shared)
+            first = _word_start(word_of, last - shared, max(first, last - 2 * shared))
         return [*spans, (offsets[first][0], len(text))]
 
     def tokenize(self, text: str):

@@ -82,8 +82,9 @@ def test_short_texts_get_the_vectors_of_sentence_transformers(embedder, chunks):
     from sentence_transformers import SentenceTransformer
 
     plain = SentenceTransformer(str(packaged_folder()), device="cpu")
-    short = [*TEXTS, *(chunk[:150] for chunk in chunks[::20])]
-    assert all(tokens(embedder, text) <= embedder.window_tokens for text in short)
+    texts = [*TEXTS, *(chunk[:150] for chunk in chunks[::10])]
+    short = [text for text in texts if tokens(embedder, text) <= embedder.window_tokens]
+    assert len(short) > 20
     expected = plain.encode(short, normalize_embeddings=True)
     assert np.allclose(embedder.encode(short), expected, atol=1e-5)
 
