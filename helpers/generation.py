@@ -131,7 +131,7 @@ def answer(question: str, retriever: Retriever, llm: str = "quotes") -> Answer:
     retrieved = time.perf_counter()
     ranked = rank_sentences(question, hits)
     language = retriever.index.question_language(question)
-    refused = not ranked or confidence(question, retriever, hits, ranked) < settings.QUOTES_THRESHOLD[language]
+    refused = not ranked or confidence(question, retriever, hits, ranked) < settings.QUOTES_THRESHOLD
     citations = () if refused else quote(question, hits, ranked)
     text = REFUSALS[language] if refused else "\n".join(f"{cited.quote} [{cited.number}]" for cited in citations)
     timings = {"retrieve": retrieved - started, "answer": time.perf_counter() - retrieved}
@@ -210,6 +210,8 @@ def _sentences_of(hits: Sequence[Hit]) -> list[tuple[int, str, float]]:
     for number, hit in enumerate(hits):
         for start, end in sentences(hit.chunk.text):
             text = " ".join(hit.chunk.text[start:end].split())
+            if len(words(text)) < 2:  # a cell of a table, a page number
+                continue
             shared = [(max(0, min(end, last) - max(start, first)), cosine) for first, last, cosine in hit.windows]
             total = sum(length for length, _ in shared)
             meaning = sum(length * cosine for length, cosine in shared) / total if total else 0.0
@@ -288,6 +290,6 @@ def evaluate_quotes(index: Index, questions: QuestionSet) -> dict[str, AnswerSco
             ranked = rank_sentences(question.question, hits)
             texts.append(" ".join(cited.quote for cited in quote(question.question, hits, ranked)))
             sure = confidence(question.question, retriever, hits, ranked)
-            refused.append(sure < settings.QUOTES_THRESHOLD[index.question_language(question.question)])
+            refused.append(sure < settings.QUOTES_THRESHOLD)
         scores[language] = score_answers(asked, texts, refused)
     return scores

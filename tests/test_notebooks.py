@@ -308,6 +308,8 @@ def test_opening_links_back_and_on(notebook):
 
 @each_notebook
 def test_opening_says_what_is_learnt_needed_and_how_long(notebook):
+    if re.search(r"\bTT\b", notebook.opening):
+        pytest.fail(f"{notebook.name}, opening: TT stands for a time that `make run` measures: write it in.", False)
     if notebook.is_solution:
         return
     faults = []
@@ -757,7 +759,8 @@ BREAKAGES = [
     (test_opening_says_what_is_learnt_needed_and_how_long, swap(0, "- do thing 2", ""), "2 points"),
     (test_opening_says_what_is_learnt_needed_and_how_long, swap(0, "You need", "Get"), "You need"),
     (test_opening_says_what_is_learnt_needed_and_how_long, swap(0, "Download: none.", ""), "download"),
-    (test_opening_says_what_is_learnt_needed_and_how_long, swap(0, "about 30", "about TT"), "no time"),
+    (test_opening_says_what_is_learnt_needed_and_how_long, swap(0, "about 30", "about TT"), "TT stands for"),
+    (test_opening_says_what_is_learnt_needed_and_how_long, swap(0, "30 seconds", "long"), "no time"),
     (test_setup_cell_is_the_generated_one, swap(1, "Setup.", "Setup!"), "cell 1 .* not the setup cell"),
     (test_setup_cell_is_the_generated_one, put(1, tags=[]), "tagged 'setup'"),
     (test_parameters_follow_the_setup, put(3, tags=[]), "tagged 'parameters'"),
