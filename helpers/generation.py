@@ -25,7 +25,7 @@ QUOTE_CHARACTERS = 588  # of all quotes together: with their numbers they stay u
 # divided by the first weight; the length counts more than fitted, so that two quotes stay short.
 MEANING_WEIGHT = 0.4
 KIND_WEIGHT = 0.14
-GAP_WEIGHT = 0.25
+GAP_WEIGHT = 0.22
 LENGTH_WEIGHT = 0.12
 
 # For the confidence in an answer: see `confidence`.

@@ -27,7 +27,7 @@ def use_style() -> None:
     matplotlib.rcParams.update(
         {
             "figure.figsize": (8, 3.6),
-            "figure.dpi": 100,
+            "figure.dpi": 85,  # sharp enough, and a notebook of a dozen figures stays under 500 KB
             "figure.constrained_layout.use": True,
             "axes.spines.top": False,
             "axes.spines.right": False,

@@ -251,6 +251,13 @@ def test_decode_never_raises(seed):
             assert text is None or isinstance(text, str)
 
 
+def test_decode_drops_the_mark_and_refuses_binary_data():
+    assert decode(b"\xef\xbb\xbfse\xc3\xb1al") == "señal"
+    assert decode(b"\xff\xfe" + "señal".encode("utf-16-le")) == "señal"
+    assert decode(b"lighthouse\0" * 50) is None  # a few zero bytes are no UTF-16
+    assert decode(b"\0" * 50) is None
+
+
 def caesar(text):
     return "".join(chr((ord(c) - 97 + 3) % 26 + 97) if "a" <= c <= "z" else c for c in text.lower())
 

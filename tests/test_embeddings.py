@@ -205,6 +205,8 @@ def test_the_windows_of_hostile_texts_cover_them_and_fit_the_encoder(embedder, n
     assert_covered(embedder, text, spans)
     # A word longer than a window is cut inside, and its rest may take a few more tokens than in place.
     assert max(tokens(embedder, text[a:b]) for a, b in spans) <= 1.25 * embedder.window_tokens
+    for (_, end), (start, _) in itertools.pairwise(spans):
+        assert tokens(embedder, text[start:end]) <= 2.5 * settings.WINDOW_OVERLAP
     # Nearly as few windows as the tokens need: cuts between long words must not make crumbs.
     assert len(spans) <= 2 + 2 * tokens(embedder, text) / (settings.WINDOW_TOKENS - settings.WINDOW_OVERLAP)
 
@@ -218,6 +220,32 @@ def test_windows_of_any_size_cover_the_text(embedder, monkeypatch, window_tokens
         assert_covered(embedder, text, spans)
     spans = embedder.windows("ab " * 300)
     assert max(tokens(embedder, ("ab " * 300)[a:b]) for a, b in spans) <= window_tokens
+
+
+class Tokens(dict):
+    """What a tokenizer returns, for a text of one character a token whose words are as long as it is told."""
+
+    def __init__(self, words):
+        super().__init__(input_ids=words, offset_mapping=[(n, n + 1) for n in range(len(words))])
+
+    def word_ids(self):
+        return self["input_ids"]
+
+
+def test_windows_of_any_words_cover_the_tokens_and_fit():
+    rng = random.Random(6)
+    encoder = Embedder.__new__(Embedder)  # without a model
+    for _ in range(2000):
+        longest = rng.choice([1, 3, 20, 100, 500])
+        words = [word for word in range(rng.randint(1, 40)) for _ in range(rng.randint(1, longest))][:400]
+        encoder.tokenize = lambda text, words=words: Tokens(words)
+        encoder.window_tokens = rng.choice([1, 2, 3, 4, 5, 7, 8, 16, 20, 64, 100, 254])
+        spans = encoder.windows("x" * len(words))
+        assert spans[0][0] == 0 and spans[-1][1] == len(words)
+        assert all(end - start <= encoder.window_tokens for start, end in spans)
+        for (start, end), (following, last) in itertools.pairwise(spans):
+            assert start < following <= end < last
+            assert end - following <= 2 * settings.WINDOW_OVERLAP
 
 
 def test_windows_are_never_longer_than_the_encoder_reads():

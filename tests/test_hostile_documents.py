@@ -361,6 +361,20 @@ def test_a_broken_label_tree_costs_no_page(tmp_path):
         assert [document.page for document in documents] == [1, 2, 3] and not row.problem
 
 
+@pytest.mark.parametrize("labels", [ZeroDivisionError, RecursionError, ["i"], []])
+def test_labels_that_cannot_be_had_or_do_not_match_are_counted(tmp_path, monkeypatch, labels):
+    import pypdf
+
+    def page_labels(reader):
+        if isinstance(labels, list):
+            return labels
+        raise labels
+
+    monkeypatch.setattr(pypdf.PdfReader, "page_labels", property(page_labels))
+    documents, row = read_one(put(tmp_path, a_pdf=raw_pdf(THREE)))
+    assert [document.page_label for document in documents] == ["1", "2", "3"] and not row.problem
+
+
 def test_a_pdf_named_txt_and_a_text_named_pdf_are_reported(tmp_path):
     assert "Rename" in assert_refused(put(tmp_path / "1", a_txt=good_pdf()), "PDF named .txt").advice
     assert_refused(put(tmp_path / "2", a_pdf=SENTENCE), "not a PDF")

@@ -208,6 +208,7 @@ def test_every_direct_dependency_is_used_somewhere():
     sources = [*ROOT.glob("helpers/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("notebooks/**/[0-9A]*.ipynb")]
     everything = "\n".join(path.read_text(encoding="utf-8") for path in sources if path.name != "test_project.py")
     everything += (ROOT / "Makefile").read_text(encoding="utf-8").replace("jupyter lab", "jupyterlab")
+    everything += (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for requirement in requirements("requirements.txt"):
         name = package_of.get(requirement.name, requirement.name.replace("-", "_"))
         used = re.search(rf"\b{re.escape(name)}\b|\b{re.escape(requirement.name)}\b", everything)

@@ -26,16 +26,17 @@ from pathlib import Path
 
 HOME = Path("/content/course")
 if "google.colab" in sys.modules and not HOME.exists():
-    def run(*command):
-        subprocess.run(command, check=True)
-
-    run("git", "clone", "--depth=1", "{REPOSITORY}", HOME)
+    address = "{REPOSITORY}"
+    subprocess.run(["git", "clone", "--depth=1", address, HOME], check=True)
     # What the kernel has loaded must not move under it.
-    fixed = [f"{{name}}=={{version(name)}}" for name in ("numpy", "torch", "pyarrow")]
+    fixed = [f"{{p}}=={{version(p)}}" for p in ("numpy", "torch", "pyarrow")]
     Path("/content/fixed.txt").write_text("\\n".join(fixed))
-    run(sys.executable, "-m", "pip", "uninstall", "-qy", "torchao")
-    run(sys.executable, "-m", "pip", "install", "-q", "-c", "/content/fixed.txt", "-e", HOME)
-    site.addsitedir(sysconfig.get_paths()["purelib"])  # so that this kernel sees `helpers`
+    pip = [sys.executable, "-m", "pip"]
+    install = [*pip, "install", "-q", "-c", "/content/fixed.txt", "-e", HOME]
+    subprocess.run([*pip, "uninstall", "-qy", "torchao"], check=True)
+    subprocess.run(install, check=True)
+    # So that this kernel sees `helpers`.
+    site.addsitedir(sysconfig.get_paths()["purelib"])
     os.chdir(HOME / "notebooks")'''
 
 
