@@ -191,7 +191,7 @@ def test_windows_are_of_nearly_equal_length(embedder):
 
 
 def test_a_text_that_fits_is_one_window(embedder):
-    word = "light "
+    word = " light"
     fits, over = word * settings.WINDOW_TOKENS, word * (settings.WINDOW_TOKENS + 1)
     assert embedder.windows(fits) == [(0, len(fits))]
     assert len(embedder.windows(over)) == 2
