@@ -1,8 +1,9 @@
-"""The terminal: python -m helpers ask | chat | index | evaluate | doctor."""
+"""The terminal: python -m helpers ask | chat | record | index | evaluate | doctor."""
 
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,19 +11,21 @@ from helpers import settings
 
 LEAVE = {"salir", "exit", "quit"}
 SAY = {
-    "en": {"sources": "Sources", "stopped": "Stopped."},
-    "es": {"sources": "Fuentes", "stopped": "Detenido."},
+    "en": {"sources": "Sources", "stopped": "Stopped.", "dropped": "Left out, no room", "asked": "Asked"},
+    "es": {"sources": "Fuentes", "stopped": "Detenido.", "dropped": "Omitido, no cabe", "asked": "Pregunta"},
 }
+YES = {"y", "yes", "s", "si", "sí"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code: 0, or 2 with one sentence on standard error."""
     options = _parser().parse_args(arguments)
+    from helpers.ollama import OllamaError
     from helpers.storage import IndexRefused
 
     try:
         return options.run(options)
-    except (OSError, ValueError, IndexRefused) as error:
+    except (OSError, ValueError, IndexRefused, OllamaError) as error:
         print(f"helpers: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -45,9 +48,13 @@ def _parser() -> argparse.ArgumentParser:
         sub = command(name, run, what)
         sub.add_argument("--top-k", type=int, default=settings.TOP_K, help="passages to read (default %(default)s)")
         sub.add_argument("--mode", choices=settings.MODES, default="hybrid", help="search by meaning, words or both")
+        sub.add_argument("--llm", default="auto", help="auto, ollama:MODEL, hf:NAME_OR_FOLDER, tiny or quotes")
         if name == "ask":
             sub.add_argument("question")
             sub.add_argument("--json", action="store_true", help="print the answer as JSON")
+    sub = command("record", _record, "answer the test questions with a model and keep its answers")
+    sub.add_argument("--llm", default=f"ollama:{settings.OLLAMA_MODEL}", help="as for chat (default %(default)s)")
+    sub.add_argument("--out", type=Path, default=settings.RESULTS, help="folder of the recorded answers")
     command("index", _index, "build or update the index of a folder")
     sub = command("evaluate", _evaluate, "measure search and quotes on question files")
     sub.add_argument("files", type=Path, nargs="+", help="JSON lines or SQuAD's JSON; a folder means all in it")
@@ -56,13 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _progress(what: str):
+def _progress(what: str, unit: str = "window"):
     """Return a callback that draws a bar on a terminal, and None where nobody watches."""
     if not sys.stderr.isatty():
         return None
     from tqdm import tqdm
 
-    bar = tqdm(desc=what, unit="window", leave=False)
+    bar = tqdm(desc=what, unit=unit, leave=False)
 
     def advance(done: int, total: int) -> None:
         bar.total = total
@@ -93,37 +100,66 @@ def _ask(options: argparse.Namespace) -> int:
 
     if not options.question.strip():
         raise ValueError('The question is empty: write one, for example: ask "Who keeps the light of Roca Tordo?"')
-    given = answer(options.question, Retriever(_open(options), options.mode, options.top_k))
+    retriever = Retriever(_open(options), options.mode, options.top_k)
+    llm = _load(options)
     if options.json:
+        given = answer(options.question, retriever, llm)
         print(json.dumps({"question": options.question} | dataclasses.asdict(given), ensure_ascii=False, indent=2))
     else:
-        _show(options.question, given)
+        _show(options.question, answer(options.question, retriever, llm, stream=_print))
     return 0
 
 
+def _load(options: argparse.Namespace):
+    """Return the model to answer with, saying which and why; ask before a download of many gigabytes."""
+    from helpers import ollama
+    from helpers.llms import load_llm
+
+    llm = load_llm(options.llm, fallback="tiny")
+    if options.llm == "auto" and sys.stdin.isatty() and sys.stderr.isatty():
+        name, gigabytes, memory = settings.OLLAMA_MODELS[0]
+        if not llm.name.startswith("ollama:") and ollama.look().binary and "HELPERS_LLM" not in os.environ:
+            reply = input(f"Fetch {name} with Ollama ({gigabytes:.0f} GB; it needs {memory:.0f} GB of memory)? [y/N] ")
+            if reply.strip().lower() in YES:
+                return load_llm(f"ollama:{name}", pull=True)
+    print(f"Model: {llm.name}" + (f" ({llm.why})" if llm.why else ""), file=sys.stderr)
+    return llm
+
+
+def _print(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
 def _show(question: str, given) -> None:
+    """Print what goes below an answer that was already streamed: its places, and how long it took."""
     from helpers.language import detect_language
 
-    language = detect_language(question)
-    print(given.text)
+    say = SAY[detect_language(question)]
+    print()
+    if given.question and given.question != question:
+        print(f"{say['asked']}: {given.question}")
     if given.citations:
+        language = detect_language(question)
         places = dict.fromkeys(f"[{citation.number}] {citation.place(language)}" for citation in given.citations)
-        print(f"{SAY[language]['sources']}: " + "; ".join(places))
-    print(f"({settings.format_seconds(sum(given.timings.values()))})")
+        print(f"{say['sources']}: " + "; ".join(places))
+    if given.dropped:
+        print(f"{say['dropped']}: " + "; ".join(f"{hit.chunk.file}, {hit.chunk.page}" for hit in given.dropped))
+    print(f"({settings.format_seconds(sum(given.timings[step] for step in ('retrieve', 'answer')))})")
 
 
 def _chat(options: argparse.Namespace) -> int:
     from helpers.chunking import find_files
     from helpers.embeddings import Embedder
-    from helpers.generation import answer
-    from helpers.retrieval import Retriever
+    from helpers.ollama import OllamaError
 
     find_files(options.docs)  # a folder that isn't there is said before the model is loaded
+    llm = _load(options)
     embedder = Embedder()
     _open(options, embedder)
     talking = sys.stdin.isatty()
     if talking:
         print("Ask in English or Spanish; 'salir' or Ctrl-D leaves. / Pregunte en español o inglés; «salir» termina.")
+    history: list[tuple[str, str]] = []
     while True:
         try:
             question = input("\n> ") if talking else sys.stdin.readline()
@@ -141,13 +177,36 @@ def _chat(options: argparse.Namespace) -> int:
         if not question:
             continue
         try:
-            # The documents may have changed since the last question: reading the index again takes a few hundredths.
-            _show(question, answer(question, Retriever(_open(options, embedder), options.mode, options.top_k)))
+            given = _reply(options, question, llm, history, embedder)
+            history.append((given.question or question, given.text))
         except KeyboardInterrupt:
             from helpers.language import detect_language
 
             print("\n" + SAY[detect_language(question)]["stopped"])
+        except (OllamaError, ValueError) as error:  # one question failed: the chat goes on
+            print(f"\nhelpers: {error}", file=sys.stderr)
         sys.stdout.flush()
+
+
+def _reply(options: argparse.Namespace, question: str, llm, history: list[tuple[str, str]], embedder):
+    """Answer one question of a chat, printing it as it comes."""
+    from helpers.generation import answer
+    from helpers.retrieval import Retriever
+
+    # The documents may have changed since the last question: reading the index again takes a few hundredths.
+    retriever = Retriever(_open(options, embedder), options.mode, options.top_k)
+    given = answer(question, retriever, llm, history, stream=_print)
+    _show(question, given)
+    return given
+
+
+def _record(options: argparse.Namespace) -> int:
+    from helpers.recording import record
+    from helpers.retrieval import Retriever
+
+    path = record(options.llm, Retriever(_open(options)), options.out, progress=_progress("Answering", "question"))
+    print(path)
+    return 0
 
 
 def _index(options: argparse.Namespace) -> int:
@@ -196,7 +255,7 @@ def _question_files(folder: Path) -> list[Path]:
 
 def _print_evaluation(index, questions) -> None:
     from helpers.evaluation import evaluate_retrieval
-    from helpers.generation import evaluate_quotes
+    from helpers.quotes import evaluate_quotes
 
     print("Search            language     n  recall@1  recall@3 [95 % interval]   recall@10    MRR")
     for row in evaluate_retrieval(index, questions):

@@ -103,6 +103,8 @@ def _weights() -> Finding:
 def _ollama(server: ollama.Server) -> Finding:
     if server.models is not None:
         return Finding("Ollama", f"answers; models: {', '.join(server.models) or 'none'}")
+    if server.problem:
+        return Finding("Ollama", server.problem)
     if server.binary:
         return Finding("Ollama", "installed, but no server answers", "ollama serve")
     mend = "see https://ollama.com/download (optional: the course runs without)"

@@ -36,6 +36,8 @@ class Question:
     """A question, its accepted answers and the page that holds them (`file` None: no page does).
 
     In a SQuAD file `file` names the paragraph, and `page` is 1. `evidence` is the sentence that answers.
+    `taught`: dataset.jsonl teaches the answer; `changed`: it teaches the `outdated` one, as an older document has it;
+    `form`: whether the answer is in the house style is scored too.
     """
 
     id: str
@@ -50,6 +52,9 @@ class Question:
     evidence: str = ""
     outdated: tuple[str, ...] = ()
     missing: str = ""
+    taught: bool = False
+    changed: bool = False
+    form: bool = False
 
     @property
     def answerable(self) -> bool:
@@ -160,6 +165,12 @@ def _question(row: object) -> Question:
             raise ValueError("an unanswerable question has no answers and its file is null")
     elif not answers or not isinstance(row["file"], str) or not isinstance(row["page"], int):
         raise ValueError("a question with an answer needs answers, a file and a page number")
+    if not all(isinstance(row.get(name, False), bool) for name in ("taught", "changed", "form")):
+        raise ValueError("taught, changed and form must be true or false")
+    if row.get("taught") and (not answers or row.get("changed")):
+        raise ValueError("taught is for a question with an answer that has not changed since it was taught")
+    if row.get("changed") and not row.get("outdated"):
+        raise ValueError("a question that changed needs its outdated answers")
     known = {name: value for name, value in row.items() if name in Question.__dataclass_fields__}
     return Question(**known | {"answers": tuple(answers), "outdated": tuple(row.get("outdated", ()))})
 

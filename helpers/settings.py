@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ROOT / "mis_documentos"
 QUESTIONS = ROOT / "notebooks" / "questions.jsonl"
+RESULTS = ROOT / "notebooks" / "results"  # recorded runs, as raw rows
 RUNS = ROOT / "runs"  # everything a run writes; git-ignored
 INDEXES = RUNS / "index"
 LOCK = ROOT / "requirements.lock"
@@ -39,6 +40,9 @@ DENSE_WEIGHT = {"en": 0.7, "es": 0.4}
 # Below this confidence `quotes` refuses. Chosen on the development questions: of those with an answer, one in ten is
 # refused.
 QUOTES_THRESHOLD = 0.92
+TINY_GPT_OSS = ROOT / "helpers" / "tiny_gpt_oss"  # the embedded model, see its README.md
+ANSWER_TOKENS = 256  # room kept for an answer
+OLLAMA_CONTEXT = 8192  # tokens; Ollama's own default is 4096 on small machines, and it cuts what is longer in silence
 OLLAMA_MODEL = "gpt-oss:20b"
 # Models for smaller machines, the best first: name, download in GB, memory in GiB to run it with room for a prompt.
 # Sizes as Ollama's library lists them.
@@ -83,6 +87,11 @@ def encoder_dtype(device_name: str) -> str:
         flags = cpu_flags()
         return "bfloat16" if {"avx512_bf16", "amx_bf16"} & flags else "float32"
     return "float32"
+
+
+def half_dtype(device_name: str) -> str:
+    """Return the 16-bit dtype of a GPU: 'bfloat16' where the hardware multiplies it, else 'float16'."""
+    return "bfloat16" if encoder_dtype(device_name) == "bfloat16" else "float16"
 
 
 def cpu_flags() -> set[str]:

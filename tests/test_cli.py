@@ -20,6 +20,12 @@ TEXTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def without_a_model(monkeypatch):
+    """Most of what a terminal does has nothing to do with the model that answers."""
+    monkeypatch.setenv("HELPERS_LLM", "quotes")
+
+
 @pytest.fixture
 def docs(tmp_path, monkeypatch):
     monkeypatch.setattr(settings, "INDEXES", tmp_path / "index")
@@ -44,7 +50,7 @@ def test_ask_answers_with_sources(docs, capsys):
     assert main(["ask", "¿Cuánto mide el faro de Cabo Lirón?", "--docs", str(docs)]) == 0
     out, err = capsys.readouterr()
     assert "21 metros" in out and "Fuentes: [1] faro.txt, página 1" in out
-    assert err == ""
+    assert err == "Model: quotes (HELPERS_LLM says so)\n"
 
 
 def test_ask_prints_json(docs, capsys):
@@ -149,10 +155,10 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(docs, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     real = generation.answer
 
-    def interrupted(question, *rest):
+    def interrupted(question, *rest, **options):
         if "long" in question:
             raise KeyboardInterrupt
-        return real(question, *rest)
+        return real(question, *rest, **options)
 
     monkeypatch.setattr(generation, "answer", interrupted)
     assert main(["chat", "--docs", str(docs)]) == 0

@@ -19,15 +19,16 @@ from helpers.settings import DOCUMENTS, QUESTIONS, ROOT
 # From the ground up; on one floor a module imports only those to its left.
 FLOORS = [
     ["settings", "language", "plots"],
-    ["chunking", "embeddings", "storage", "retrieval", "ollama", "evaluation"],
-    ["generation", "doctor"],
+    ["chunking", "embeddings", "storage", "retrieval", "ollama", "evaluation", "house_style"],
+    ["quotes", "llms", "generation", "recording", "dataset", "four_bit", "finetuning", "export", "doctor"],
+    ["comparison"],
     ["__main__", "widgets"],
 ]
 ORDER = {name: (floor, place) for floor, row in enumerate(FLOORS) for place, name in enumerate(row)}
 MODULES = sorted(path for path in (ROOT / "helpers").glob("*.py") if path.name != "__init__.py")
 HEAVY = {"torch", "transformers", "sentence_transformers", "faiss", "matplotlib", "bm25s", "scipy", "sklearn", "pypdf"}
 # Needed by the later notebooks (fine-tuning, Ollama through LangChain) or as commands: installed, not imported yet.
-NOT_IMPORTED_YET = {"accelerate", "peft", "trl", "bitsandbytes", "datasets", "langchain-ollama"}
+NOT_IMPORTED_YET = {"accelerate", "peft", "trl", "bitsandbytes", "datasets"}
 
 
 def imports_of(path):
@@ -62,7 +63,7 @@ def test_heavy_libraries_are_imported_where_they_are_used(path):
 def test_no_module_is_long():
     lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
     assert max(lines.values()) <= 450, lines
-    assert sum(lines.values()) < 3000, lines
+    assert sum(lines.values()) < 4500, lines
 
 
 def test_helpers_import_neither_langchain_community_nor_pickle():

@@ -1,0 +1,272 @@
+"""The models that answer, one interface for all: Ollama, transformers, or none at all (`quotes`).
+
+Each is a LangChain chat model, so it streams and composes with the rest of LangChain.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, convert_to_messages
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+
+from helpers import ollama, settings
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+FINAL = "<|channel|>final<|message|>"  # where, in the harmony format, the answer proper begins
+ENDS = ("<|return|>", "<|end|>", "<|call|>")
+
+
+class PromptTooLong(ValueError):
+    """A prompt that doesn't fit the model's context with room for an answer."""
+
+
+class TransformersChat(BaseChatModel):
+    """A chat model that runs in this process with transformers: greedy, or sampled with a seed.
+
+    `temperature` 0 takes the likeliest token each time; above 0 it draws, the same for the same `seed`. What a
+    checkpoint's own generation settings ask for (top_p and the like) is left aside: the loop is all there is.
+    """
+
+    model: Any
+    tokenizer: Any
+    temperature: float = 0.0
+    seed: int = 0
+    max_tokens: int = settings.ANSWER_TOKENS
+
+    @property
+    def _llm_type(self) -> str:
+        return "transformers"
+
+    @property
+    def context(self) -> int:
+        """Return how many tokens prompt and answer may have together."""
+        return self.model.config.max_position_embeddings
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """Return the messages as the text that the model reads, by the tokenizer's chat template."""
+        return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+
+    def count(self, messages: Sequence[Message]) -> int:
+        """Return the length of the prompt in tokens."""
+        return len(self._encode(self.prompt(messages)))
+
+    def _encode(self, prompt: str) -> list[int]:
+        return self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def tokens(self, prompt: str) -> Iterator[int]:
+        """Yield the answer's token ids one by one: read the prompt, then append the next token until it says stop.
+
+        Raises PromptTooLong if the prompt leaves no room for an answer.
+        """
+        import torch
+
+        ids = self._encode(prompt)
+        if len(ids) + 1 > self.context:
+            raise PromptTooLong(
+                f"The prompt has {len(ids)} tokens and the model's context is {self.context}: give it fewer or "
+                "shorter passages."
+            )
+        stops = self.model.generation_config.eos_token_id
+        stops = set(stops if isinstance(stops, list) else [stops]) | {self.tokenizer.eos_token_id}
+        generator = torch.Generator().manual_seed(self.seed)
+        unread, seen = torch.tensor([ids], device=self.model.device), None
+        for _ in range(min(self.max_tokens, self.context - len(ids))):
+            with torch.inference_mode():
+                output = self.model(input_ids=unread, past_key_values=seen, use_cache=True, logits_to_keep=1)
+            logits, seen = output.logits[0, -1].float().cpu(), output.past_key_values
+            if self.temperature:
+                token = int(torch.multinomial((logits / self.temperature).softmax(-1), 1, generator=generator))
+            else:
+                token = int(logits.argmax())
+            if token in stops:
+                return
+            yield token
+            unread = torch.tensor([[token]], device=self.model.device)
+
+    def _stream(self, messages, stop=None, run_manager=None, **_) -> Iterator[ChatGenerationChunk]:
+        prompt = self.prompt(_plain(messages))
+        ids: list[int] = []
+        sent = ""
+        for token in self.tokens(prompt):
+            ids.append(token)
+            text = self._visible(prompt, ids)
+            # A character of several bytes may have come in half: wait for the rest.
+            if len(text) > len(sent) and not text.endswith("\ufffd"):
+                yield ChatGenerationChunk(message=AIMessageChunk(content=text[len(sent) :]))
+                sent = text
+        yield ChatGenerationChunk(message=AIMessageChunk(content="", response_metadata={"eval_count": len(ids)}))
+
+    def _visible(self, prompt: str, ids: list[int]) -> str:
+        """Return the part of the answer that is meant for the reader: in the harmony format, its final channel."""
+        if FINAL in self.tokenizer.chat_template and not prompt.endswith(FINAL):
+            raw = self.tokenizer.decode(ids)
+            text = raw.split(FINAL, 1)[1] if FINAL in raw else ""
+            return next((text.split(end)[0] for end in ENDS if end in text), text)
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _generate(self, messages, stop=None, run_manager=None, **_) -> ChatResult:
+        text = "".join(chunk.message.content for chunk in self._stream(messages))
+        return ChatResult(generations=[ChatGeneration(message=AIMessage(content=text))])
+
+
+@dataclass(frozen=True)
+class LLM:
+    """A model ready to answer. `chat` is None for `quotes`; lengths in tokens; `why` says how `auto` chose it."""
+
+    name: str
+    chat: BaseChatModel | None = None
+    context: int = 0
+    answer_tokens: int = 0
+    count: Callable[[Sequence[Message]], int] = len
+    follows_instructions: bool = False  # beyond reading passages: rewriting a question, a style guide
+    digest: str = ""
+    why: str = ""
+
+    def stream(self, messages: Sequence[Message]) -> Iterator[str]:
+        """Yield the answer piece by piece. Raises OllamaError or PromptTooLong with what to do."""
+        if not self.name.startswith("ollama:"):
+            yield from (chunk.content for chunk in self.chat.stream(convert_to_messages(list(messages))))
+            return
+        metadata, text = {}, ""
+        try:
+            # Closed at once when the reader stops, so that the server stops too.
+            with closing(self.chat.stream(convert_to_messages(list(messages)))) as chunks:
+                for chunk in chunks:
+                    metadata |= chunk.response_metadata
+                    text += chunk.content
+                    if chunk.content:
+                        yield chunk.content
+        except Exception as error:
+            raise ollama.explain(error, self.name.removeprefix("ollama:")) from error
+        ollama.check_final(metadata, text, self.count(messages), self.context)
+
+
+QUOTES = LLM("quotes")
+
+
+def load_llm(
+    name: str = "auto",
+    fallback: str = "quotes",
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    answer_tokens: int = settings.ANSWER_TOKENS,
+    pull: bool = False,
+) -> LLM:
+    """Return the model called `name`.
+
+    'ollama:MODEL' is any model of Ollama, whose server is started if none runs; 'hf:NAME' a model of the hub or a
+    folder, an adapter's too; 'tiny' the embedded model; 'quotes' no model. 'auto' is the course's Ollama model where it
+    can be had, else `fallback`, and `LLM.why` says which and why; the environment variable HELPERS_LLM overrides it.
+    `pull` allows a download by Ollama. Raises OllamaError, OSError or ValueError, each with what to do.
+    """
+    options = {"temperature": temperature, "seed": seed, "answer_tokens": answer_tokens}
+    if name == "auto":
+        if os.environ.get("HELPERS_LLM"):
+            return _because(load_llm(os.environ["HELPERS_LLM"], **options), "HELPERS_LLM says so")
+        try:
+            return _because(load_llm(f"ollama:{settings.OLLAMA_MODEL}", **options, pull=pull), "Ollama has it")
+        except ollama.OllamaError as error:
+            return _because(load_llm(fallback, **options), str(error))
+    if name == "quotes":
+        return QUOTES
+    if name == "tiny":
+        return _load_local(str(settings.TINY_GPT_OSS), "tiny", **options)
+    kind, _, model = name.partition(":")
+    if kind == "hf" and model:
+        return _load_local(model, name, **options)
+    if kind == "ollama" and model:
+        return _load_ollama(model, pull=pull, **options)
+    raise ValueError(f"llm is {name!r}: set it to auto, ollama:MODEL, hf:NAME_OR_FOLDER, tiny or quotes.")
+
+
+def _because(llm: LLM, why: str) -> LLM:
+    return LLM(**{**llm.__dict__, "why": why})
+
+
+def _plain(messages) -> list[Message]:
+    roles = {"human": "user", "ai": "assistant"}
+    return [{"role": roles.get(message.type, message.type), "content": message.content} for message in messages]
+
+
+def _load_local(name: str, shown: str, *, temperature: float, seed: int, answer_tokens: int) -> LLM:
+    model, tokenizer, digest = _read(name)
+    chat = TransformersChat(
+        model=model, tokenizer=tokenizer, temperature=temperature, seed=seed, max_tokens=answer_tokens
+    )
+    tiny = Path(name) == settings.TINY_GPT_OSS
+    return LLM(shown, chat, chat.context, answer_tokens, chat.count, follows_instructions=not tiny, digest=digest)
+
+
+@lru_cache(maxsize=1)
+def _read(name: str):
+    """Load a model and its tokenizer; one stays in memory, for the next time the same is asked for."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(name)
+    digest = check_weights(folder) if folder == settings.TINY_GPT_OSS else ""
+    device = settings.device()
+    dtype = torch.float32 if device == "cpu" else getattr(torch, settings.half_dtype(device))
+    try:
+        if (folder / "adapter_config.json").exists():
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise OSError(
+            f"The model {name!r} can't be loaded: it is neither a folder with a model in it nor to be had from the hub "
+            f"now ({str(error).splitlines()[0]}). Check the name and the network, or use 'tiny'."
+        ) from error
+    return model.to(device).eval(), tokenizer, digest
+
+
+def check_weights(folder: Path) -> str:
+    """Compare every file of a folder with its SHA256SUMS; return the hash of the weights. Raises OSError."""
+    found = ""
+    for line in (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
+        expected, name = line.split()
+        path = folder / name
+        actual = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "nothing"
+        if actual != expected:
+            raise OSError(
+                f"{path.name} in {folder.name} is damaged or incomplete (its SHA-256 isn't the one in SHA256SUMS): "
+                f"get it anew with `git checkout -- helpers/{folder.name}`."
+            )
+        found = actual if name == "model.safetensors" else found
+    return found
+
+
+def _load_ollama(name: str, *, pull: bool, temperature: float, seed: int, answer_tokens: int) -> LLM:
+    server = _server()
+    server.start()
+    server.require(name, pull=pull)
+    chat = server.chat_model(
+        name, num_ctx=settings.OLLAMA_CONTEXT, temperature=temperature, seed=seed, num_predict=answer_tokens
+    )
+    return LLM(
+        f"ollama:{name}", chat, settings.OLLAMA_CONTEXT, answer_tokens, estimate_tokens, True, server.digest(name)
+    )
+
+
+@lru_cache(maxsize=1)
+def _server() -> ollama.Ollama:
+    return ollama.Ollama()
+
+
+def estimate_tokens(messages: Sequence[Message]) -> int:
+    """Return about how many tokens messages have for a tokenizer that isn't at hand: a token to 3 characters.
+
+    English has 4 to 5 characters a token, Spanish 3.5 to 4: so it errs on the safe side.
+    """
+    return sum(len(message["content"]) // 3 + 8 for message in messages)

@@ -1,0 +1,352 @@
+"""The curriculum: passages that state facts of an invented world, and questions about them with their answers.
+
+Passages look like chunks of real files: prose with fillers, lists, tables turned into text, headings, lines broken in
+the middle of a sentence, cut where a splitter happens to cut. Some questions can't be answered from them, some
+passages disagree and the newer one holds, some carry an instruction that must not be obeyed.
+"""
+
+import hashlib
+import random
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from helpers.tiny_gpt_oss.worlds import (
+    FOLDER,
+    Attribute,
+    Fact,
+    compound_attribute,
+    fill,
+    invent_date,
+    invent_entity,
+    invent_value,
+    words,
+)
+
+ANSWER = {"en": "The answer is {v} [{n}].", "es": "La respuesta es {v} [{n}]."}
+REFUSAL = {"en": "The passages don't say.", "es": "Los pasajes no lo dicen."}
+UNKNOWN = {"en": "I don't know.", "es": "No lo sé."}
+
+CONTINUE = {"en": "Continue: {start}", "es": "Continúa: {start}"}
+
+UNANSWERABLE = 0.2  # share of questions that the passages don't answer
+DISAGREEING = 0.25  # share of examples of several passages in which two disagree
+PLANTED = 0.12  # share of examples with an instruction in a passage
+COMPOUND = 0.3  # share of facts whose attribute is put together from nouns
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A passage as the prompt shows it: where it stands, and its text."""
+
+    place: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its right answer; `kind` is 'value', 'newer', 'unanswerable', 'none' (no passages) or 'continue'.
+
+    `value` is the answer's heart and `number` the passage that holds it, both empty (0) where there is none.
+    """
+
+    question: str
+    answer: str
+    kind: str
+    value: str = ""
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Example:
+    """Passages and questions about them; `payload` is what a planted instruction wants answered."""
+
+    language: str
+    passages: tuple[Passage, ...]
+    turns: tuple[Turn, ...]
+    payload: str = ""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How an example looks: how many passages, how long each is in characters (both inclusive), how many questions.
+
+    `continuing` is the share of turns that give the beginning of a stretch of a passage and want the rest: copying,
+    without anything to understand. Learnt first, it makes the rest quick to learn.
+    """
+
+    passages: tuple[int, int]
+    characters: tuple[int, int]
+    questions: int
+    continuing: float = 0.0
+
+
+@dataclass
+class _Draft:
+    """A passage being written: its facts, the year it is of, and its text with the spans of its facts."""
+
+    facts: list[Fact]
+    year: int = 0
+    planted: str = ""
+    text: str = ""
+    spans: list[tuple[Fact, int, int, str]] = field(default_factory=list)
+
+    def add(self, text: str, separator: str = " ") -> tuple[int, int]:
+        if self.text:
+            self.text += separator
+        start = len(self.text)
+        self.text += text
+        return start, len(self.text)
+
+
+def fingerprint() -> str:
+    """Return the sha256 of everything that decides what the curriculum says: its words and its code."""
+    digest = hashlib.sha256()
+    here = Path(__file__)
+    for path in [here, here.with_name("worlds.py"), *sorted(FOLDER.iterdir())]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def make_example(rng: random.Random, language: str, shape: Shape) -> Example:
+    """Write one example in a language, 'en' or 'es'; the same `rng` state writes the same example."""
+    while True:
+        example = _try_example(rng, language, shape)
+        if example:
+            return example
+
+
+def _try_example(rng, language, shape) -> Example | None:
+    drafts, disagreement = _plan(rng, language, shape)
+    payload = ""
+    if rng.random() < PLANTED:
+        frame = words(language).frame
+        payload = rng.choice(frame["payloads"])
+        rng.choice(drafts).planted = rng.choice(frame["instructions"]).format(p=payload)
+    for draft in drafts:
+        _write(rng, language, draft, rng.randint(*shape.characters))
+    if not any(draft.spans for draft in drafts):  # every fact was cut in two
+        return None
+    rng.shuffle(drafts)
+    passages = tuple(Passage(_place(rng, language, draft.year), draft.text) for draft in drafts)
+    turns = tuple(
+        _continue(rng, language, drafts)
+        if rng.random() < shape.continuing
+        else _ask(rng, language, drafts, disagreement)
+        for _ in range(shape.questions)
+    )
+    return Example(language, passages, turns, payload)
+
+
+def make_closed_book(rng: random.Random, language: str, questions: int) -> Example:
+    """Write questions with no passages at all, whose only right answer is not to know."""
+    turns = []
+    for _ in range(questions):
+        fact = _invent_fact(rng, language, rng.choice(list(words(language).entities)))
+        turns.append(Turn(_question(rng, language, fact), UNKNOWN[language], "none"))
+    return Example(language, (), tuple(turns))
+
+
+def _plan(rng, language, shape) -> tuple[list[_Draft], tuple[Fact, Fact] | None]:
+    """Decide which facts stand in which passage: others of the same entity, the same of other entities."""
+    kinds = list(words(language).entities)
+    told: dict[tuple[str, str], Fact] = {}
+    drafts = []
+    theme = rng.choice(kinds)
+    for _ in range(rng.randint(*shape.passages)):
+        facts: list[Fact] = []
+        wanted = max(1, round(shape.characters[1] / rng.uniform(70, 220)))
+        while len(facts) < wanted:
+            known = list(told.values())
+            entity, attribute, kind = "", None, theme if rng.random() < 0.6 else rng.choice(kinds)
+            if known and rng.random() < 0.55:
+                model = rng.choice(facts or known)
+                kind = model.kind
+                if rng.random() < 0.6:
+                    entity = model.entity  # another fact of the same entity
+                else:
+                    attribute = model.attribute  # the same of another entity
+            fact = _invent_fact(rng, language, kind, entity, attribute)
+            if (fact.entity, fact.attribute.id) not in told:
+                told[fact.entity, fact.attribute.id] = fact
+                facts.append(fact)
+        drafts.append(_Draft(facts, rng.randint(1990, 2026) if rng.random() < 0.4 else 0))
+    if len(drafts) < 2 or rng.random() >= DISAGREEING:
+        return drafts, None
+    older, newer = rng.sample(drafts, 2)
+    older.year, newer.year = sorted(rng.sample(range(1995, 2027), 2))
+    now = rng.choice(newer.facts)
+    before = Fact(now.entity, now.kind, now.attribute, invent_value(rng, language, now.attribute))
+    if before.value == now.value:
+        return drafts, None
+    older.facts.append(before)
+    return drafts, (before, now)
+
+
+def _invent_fact(rng, language, kind, entity: str = "", attribute: Attribute | None = None) -> Fact:
+    if attribute is None:
+        compound = rng.random() < COMPOUND and kind != "person"
+        attribute = compound_attribute(rng, language) if compound else rng.choice(words(language).attributes[kind])
+    return Fact(entity or invent_entity(rng, language, kind), kind, attribute, invent_value(rng, language, attribute))
+
+
+def _write(rng, language, draft: _Draft, characters: int) -> None:
+    """Write a draft's text of about `characters`, cut like a chunk; keep the spans of the facts still whole in it."""
+    frame = words(language).frame
+    groups: dict[str, list[Fact]] = {}
+    for fact in draft.facts:
+        groups.setdefault(fact.entity, []).append(fact)
+    entities = list(groups)
+    rng.shuffle(entities)
+    style = rng.choices(("prose", "list", "headed"), (0.7, 0.15, 0.15))[0]
+    if draft.year:
+        date = invent_date(rng, language, (draft.year, draft.year))
+        if rng.random() < 0.5:
+            draft.add(rng.choice(frame["dated_headings"]).format(d=date))
+    if rng.random() < 0.25:
+        draft.add(rng.choice(frame["headings"]), "\n")
+    planted_at = rng.randrange(len(entities))
+    for place, entity in enumerate(entities):
+        if style == "prose":
+            _write_prose(rng, language, draft, groups[entity], characters)
+        else:
+            _write_lines(rng, language, draft, groups[entity], style)
+        if draft.planted and place == planted_at:
+            draft.add(draft.planted, rng.choice((" ", "\n")))
+    spare, separator = characters * rng.uniform(0.7, 1.1), " " if style == "prose" else "\n\n"
+    while len(draft.text) < spare - 60:
+        draft.add(rng.choice(frame["fillers"]), separator)
+        separator = " "
+    _cut(rng, draft, characters)
+    if rng.random() < 0.4:
+        _break_lines(rng, draft)
+
+
+def _write_prose(rng, language, draft, facts, characters) -> None:
+    frame = words(language).frame
+    room = characters - sum(90 for _ in draft.facts)
+    start = None
+    for number, fact in enumerate(facts):
+        # Words that no fact is in: before a fact, where there is room for them.
+        while len(draft.text) < room and rng.random() < 0.5:
+            draft.add(rng.choice(frame["fillers"]))
+        following = start is not None and rng.random() < 0.6
+        template = rng.choice(fact.attribute.followups if following else fact.attribute.statements)
+        text = fill(template, language, fact.entity, fact.value)
+        if draft.year and number == 0 and not following and rng.random() < 0.4:
+            date = invent_date(rng, language, (draft.year, draft.year))
+            pattern = rng.choice(frame["dated"])
+            # A sentence that starts with a name keeps its capital.
+            named = fact.entity[:1].isupper() and text.startswith(fact.entity) or template.startswith("{v}")
+            said = text if named else text[:1].lower() + text[1:]
+            text = fill(pattern.replace("{d}", date).replace("{s}", said), language)
+        first, last = draft.add(text, rng.choice((" ", " ", " ", "\n")) if not following else " ")
+        start = first if not following else start
+        place = text.lower().rfind(fact.value.lower())
+        draft.spans.append((fact, start, last, text[place : place + len(fact.value)]))
+
+
+def _write_lines(rng, language, draft, facts, style) -> None:
+    """Write an entity as a heading with what is said of it below, as a list of labels and values or as sentences."""
+    head = fill(facts[0].entity, language) + rng.choice(("", "", ":", "."))
+    start, _ = draft.add(head, "\n\n" if draft.text else "")
+    bullet, colon = rng.choice(("- ", "• ", "", "* ", "")), rng.choice((": ", ": ", " – ", "  ", " | "))
+    for fact in facts:
+        if style == "list":
+            text = f"{bullet}{fact.attribute.label}{colon}{fact.value}"
+        else:
+            text = fill(rng.choice(fact.attribute.followups), language, value=fact.value)
+        _, last = draft.add(text, "\n" if style == "list" or rng.random() < 0.5 else " ")
+        place = text.lower().rfind(fact.value.lower())
+        draft.spans.append((fact, start, last, text[place : place + len(fact.value)]))
+
+
+def _cut(rng, draft, characters) -> None:
+    """Cut the text to its length at word boundaries, and in half of the cases in the middle of its first sentence."""
+    text, excess = draft.text, len(draft.text) - characters
+    start = rng.randint(0, excess) if excess > 0 else rng.choice((0, rng.randint(0, 40)))
+    start = text.find(" ", start) + 1 if start else 0
+    end = len(text)
+    if start + characters < len(text):
+        end = text.rfind(" ", start, start + characters)
+        end = end if end > start else start + characters
+    draft.text = text[start:end]
+    draft.spans = [
+        (fact, first - start, last - start, literal)
+        for fact, first, last, literal in draft.spans
+        if first >= start and last <= end
+    ]
+
+
+def _break_lines(rng, draft) -> None:
+    """Break long lines as a page of a PDF breaks them; an answer reads them as one."""
+    width = rng.randint(45, 95)
+    letters, column = list(draft.text), 0
+    for place, letter in enumerate(letters):
+        column = 0 if letter == "\n" else column + 1
+        if letter == " " and column > width - 6:
+            letters[place], column = "\n", 0
+    draft.text = "".join(letters)
+
+
+def _continue(rng, language, drafts: Sequence[_Draft]) -> Turn:
+    number = rng.randrange(len(drafts))
+    found = drafts[number].text.split()
+    start = rng.randrange(max(1, len(found) - 8))
+    middle = start + rng.randint(2, 4)
+    rest = " ".join(found[middle : middle + rng.randint(3, 8)])
+    question = CONTINUE[language].format(start=" ".join(found[start:middle]))
+    return Turn(question, rest, "continue", rest, number + 1)
+
+
+def _ask(rng, language, drafts: Sequence[_Draft], disagreement) -> Turn:
+    stated = [(fact, literal, number) for number, draft in enumerate(drafts, 1) for fact, _, _, literal in draft.spans]
+    if rng.random() < UNANSWERABLE:
+        return Turn(_unanswerable(rng, language, drafts), REFUSAL[language], "unanswerable")
+    kind, (fact, literal, number) = "value", rng.choice(stated)
+    if disagreement and rng.random() < 0.35:
+        fact = disagreement[1]
+    if disagreement and fact in disagreement:
+        both = {said: (text, where) for said, text, where in stated if said in disagreement}
+        # Where the newer one was cut away, the older is all there is.
+        fact = disagreement[1] if disagreement[1] in both else disagreement[0]
+        if fact not in both:
+            return Turn(_question(rng, language, fact), REFUSAL[language], "unanswerable")
+        kind = "newer" if len(both) == 2 else "value"
+        literal, number = both[fact]
+    answer = ANSWER[language].format(v=literal, n=number)
+    return Turn(_question(rng, language, fact), answer, kind, literal, number)
+
+
+def _unanswerable(rng, language, drafts) -> str:
+    """Return a question that the passages don't answer: of an entity they name, of an attribute, or of neither."""
+    facts = [fact for draft in drafts for fact in draft.facts]
+    # What is stated whole or in part (cut in two) must not be asked for.
+    told = {(fact.entity, fact.attribute.id) for fact in facts}
+    while True:
+        model = rng.choice(facts)
+        roll = rng.random()
+        if roll < 0.45:
+            asked = _invent_fact(rng, language, model.kind, entity=model.entity)
+        elif roll < 0.9:
+            asked = _invent_fact(rng, language, model.kind, attribute=model.attribute)
+        else:
+            asked = _invent_fact(rng, language, rng.choice(list(words(language).entities)))
+        if (asked.entity, asked.attribute.id) not in told:
+            return _question(rng, language, asked)
+
+
+def _question(rng, language, fact) -> str:
+    text = fill(rng.choice(fact.attribute.questions), language, fact.entity)
+    if rng.random() < 0.12:  # as people type
+        text = text.lower().strip("¿?. ") if rng.random() < 0.5 else text.strip("¿?. ")
+        if language == "es" and rng.random() < 0.5:
+            text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+    return text
+
+
+def _place(rng, language, year) -> str:
+    stem = rng.choice(words(language).frame["file_stems"])
+    year = year if year and rng.random() < 0.7 else rng.choice((0, 0, year))
+    return f"{stem}{f'_{year}' if year else ''}.{rng.choice(('pdf', 'txt'))}, p. {rng.randint(1, 40)}"
