@@ -63,8 +63,8 @@ def digest(name):
 
 
 def tokens(message):
-    """Return how many tokens the stand-in counts in a message: one a word, and the template's four."""
-    return len(str(message.get("content") or "").split()) + 4
+    """Return how many tokens the stand-in counts in a message: one to four characters, and the template's four."""
+    return len(str(message.get("content") or "")) // 4 + 4
 
 
 class ClientLeft(ConnectionError):

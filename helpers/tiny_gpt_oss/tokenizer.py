@@ -1,4 +1,4 @@
-"""The tokenizer: byte-level BPE on the curriculum's text, digits apart, with the special tokens of the harmony format."""
+"""The tokenizer: byte-level BPE on the curriculum's text, digits apart, with the harmony format's special tokens."""
 
 import random
 from pathlib import Path

@@ -56,17 +56,18 @@ class Stage:
 
 BUCKETS = {
     "seed": Bucket(Shape((1, 1), (30, 90), 10, 0.3), 6, 56, 36, rules=False),
-    "first": Bucket(Shape((1, 1), (60, 150), 10, 0.2), 5, 144),
-    "one": Bucket(Shape((1, 1), (80, 300), 10, 0.1), 8, 192),
+    "first": Bucket(Shape((1, 1), (60, 150), 10, 0.2), 6, 88, rules=False),
+    "short": Bucket(Shape((1, 1), (80, 300), 10, 0.1), 6, 128, rules=False),
+    "one": Bucket(Shape((1, 1), (80, 400), 10, 0.05), 6, 224),
     "some": Bucket(Shape((1, 3), (120, 500), 12, 0.05), 5, 512),
     "full": Bucket(Shape((1, 5), (250, 1000), 16, 0.05), 3, 1152, 44),
 }
 STAGES = (
-    Stage(1000, (("seed", 1.0),)),
-    Stage(1000, (("first", 1.0),)),
-    Stage(1500, (("one", 1.0),)),
-    Stage(1500, (("one", 0.3), ("some", 0.7))),
-    Stage(1500, (("one", 0.1), ("some", 0.3), ("full", 0.6))),
+    Stage(1500, (("seed", 1.0),)),
+    Stage(2000, (("first", 1.0),)),
+    Stage(4000, (("short", 1.0),)),
+    Stage(5000, (("one", 0.4), ("some", 0.6))),
+    Stage(6000, (("one", 0.1), ("some", 0.3), ("full", 0.6))),
 )
 
 
@@ -194,18 +195,20 @@ def initialize(model: GptOssForCausalLM) -> None:
     """Start the heads near what copying needs, instead of waiting for them to be found by chance.
 
     Random matrices at a width of 256 make all heads look everywhere alike, and an induction head (find where the last
-    token stood before, take what followed) is found only when a head that looks one token back is there already. So:
-    heads hand on what they see as it is (output = transposed values), as in the mimetic initialization of Trockman
-    and Kolter (2023); the first layer's first pair of heads looks one token back; in the full layers one pair of heads
-    looks for tokens that follow a token like its own, the other for tokens like its own. All of it is trained on.
+    tokens stood before, take what followed) is found only when heads that look back are there already. So: heads hand
+    on what they see as it is (output = transposed values), as in the mimetic initialization of Trockman and Kolter
+    (2023); the first layer's heads look one and two tokens back; in the full layers one pair of heads looks for tokens
+    that follow the two tokens that it stands on, the others for tokens like its own. All of it is trained on.
     """
     config = model.config
     width, size, group = config.hidden_size, config.head_dim, config.num_attention_heads // config.num_key_value_heads
     model.model.embed_tokens.weight.normal_(0.0, 0.5)
     model.model.norm.weight.fill_(0.05)
-    # Slow rotary frequencies alone, so that a match counts alike near and far.
-    slow = (torch.arange(size) % (size // 2) >= size // 4).float()[:, None] * MATCH
-    seen, written = torch.randn(2, size, width) * width**-0.5  # of the token before: what is read, where it is put
+    # Slow rotary frequencies alone, so that a match counts alike near and far; half of them for each of the two tokens.
+    turn = torch.arange(size)[:, None] % (size // 2)
+    slow, last_token, token_before = turn >= size // 4, turn % 2 == 0, turn % 2 == 1
+    # Of a token further back: what is read of it, and where the one and the two tokens back are written.
+    seen, one_back, two_back = torch.randn(3, size, width) * width**-0.5
     last = len(model.model.layers) - 1
     for number, layer in enumerate(model.model.layers):
         attention, experts = layer.self_attn, layer.mlp.experts
@@ -219,13 +222,15 @@ def initialize(model: GptOssForCausalLM) -> None:
         for head in range(config.num_attention_heads):
             outputs[:, head] = values[head // group].T / group
         if number == 0:
-            values[0] = seen
-            outputs[:, :group] = written.T[:, None] / group
-            _look_back(attention, group, size)
+            for pair, written in enumerate((one_back, two_back)):
+                values[pair] = seen
+                outputs[:, pair * group : (pair + 1) * group] = written.T[:, None] / group
+                _look_back(attention, pair, group, size, pair + 1)
         elif number % 2:
             for head in range(config.num_attention_heads):
-                queries[head] = (seen if head < group else queries[head // group * group]) * slow
-            keys[0] = written * slow
+                queries[head] = queries[head // group * group] * slow * MATCH
+            queries[:group] = (seen * last_token + one_back * token_before) * slow * MATCH
+            keys[0] = (one_back * last_token + two_back * token_before) * slow * MATCH
             for pair in range(1, config.num_key_value_heads):
                 keys[pair] = queries[pair * group]
             if number == last:  # what was found is said louder, and what is there already is not said again
@@ -233,16 +238,17 @@ def initialize(model: GptOssForCausalLM) -> None:
                 outputs[:, group:] *= -1
 
 
-def _look_back(attention, heads: int, size: int, strength: float = 5.0, fast: int = 6) -> None:
-    """Make the first `heads` heads look at the token before, by biases that rotary positions turn into a distance."""
+def _look_back(attention, pair: int, group: int, size: int, tokens: int, strength: float = 5.0, fast: int = 6) -> None:
+    """Make a pair's heads look so many tokens back, by biases that rotary positions turn into a distance."""
     half = size // 2
-    angles = 10_000.0 ** (-torch.arange(half) / half)
+    angles = tokens * 10_000.0 ** (-torch.arange(half) / half)
     used = (torch.arange(half) < fast).float() * strength
-    attention.q_proj.weight[: heads * size] *= 0.1
-    attention.k_proj.weight[:size] *= 0.1
-    attention.k_proj.bias[:size] = torch.cat([used, torch.zeros(half)])
-    turned = torch.cat([used * angles.cos(), -used * angles.sin()])  # the same, one position earlier
-    attention.q_proj.bias[: heads * size] = turned.repeat(heads)
+    heads = slice(pair * group * size, (pair + 1) * group * size)
+    attention.q_proj.weight[heads] *= 0.1
+    attention.k_proj.weight[pair * size : (pair + 1) * size] *= 0.1
+    attention.k_proj.bias[pair * size : (pair + 1) * size] = torch.cat([used, torch.zeros(half)])
+    turned = torch.cat([used * angles.cos(), -used * angles.sin()])  # the same, so many positions earlier
+    attention.q_proj.bias[heads] = turned.repeat(group)
 
 
 def rate(step: int, steps: int) -> float:

@@ -1,0 +1,143 @@
+"""A conversation in a terminal with a model behind Ollama: processes, a pseudo-terminal and the stand-in server."""
+
+import os
+import pty
+import select
+import signal
+import socket
+import sys
+import time
+
+import psutil
+import pytest
+from ollama_stand_in import StandIn, write_program
+
+MODEL = "gpt-oss:20b"
+
+
+class Chat:
+    """`python -m helpers chat` in a terminal of its own."""
+
+    def __init__(self, *arguments):
+        self.pid, self.terminal = pty.fork()
+        if self.pid == 0:
+            os.execv(sys.executable, [sys.executable, "-m", "helpers", "chat", *arguments])
+
+    def until(self, text, seconds=60):
+        """Return what was shown until `text` appeared."""
+        shown, end = "", time.monotonic() + seconds
+        while text not in shown:
+            assert time.monotonic() < end, f"{text!r} never appeared in {shown!r}"
+            if select.select([self.terminal], [], [], 0.1)[0]:
+                shown += os.read(self.terminal, 65536).decode("utf-8", "replace")
+        return shown
+
+    def say(self, line):
+        os.write(self.terminal, line.encode() + b"\n")
+
+    def leave(self):
+        self.say("salir")
+        status = os.waitpid(self.pid, 0)[1]
+        self.pid = 0
+        return status
+
+    def close(self):
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.terminal)
+
+
+@pytest.fixture
+def chat():
+    started = []
+
+    def start(*arguments):
+        started.append(Chat(*arguments))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server that ran before; it answers with the last line of what it is asked and a citation."""
+    with StandIn() as running:
+        running.models[MODEL] = 13_780_173_839
+        running.say = lambda body: f"You asked: {body['messages'][-1]['content'].splitlines()[-1]} [1]"
+        monkeypatch.setenv("OLLAMA_HOST", running.url)
+        monkeypatch.delenv("HELPERS_LLM", raising=False)
+        yield running
+
+
+def chats(server):
+    return [body for path, body in server.requests if path == "/api/chat"]
+
+
+def test_a_conversation_question_follow_up_empty_line_long_line_salir(chat, server):
+    talk = chat("--llm", f"ollama:{MODEL}")
+    talk.until("\n> ")
+    talk.say("Who makes the Lumbrera 9?")
+    shown = talk.until("s)\r\n")
+    assert "You asked: Who makes the Lumbrera 9? [1]" in shown and "Sources: [1] " in shown
+    talk.say("")
+    talk.until("> ")
+    talk.say("And how heavy is it?")
+    assert "Asked: You asked: Last question: And how heavy is it? [1]" in talk.until("s)\r\n")
+    rewriting, answering = chats(server)[1:]
+    assert "Who makes the Lumbrera 9?" in rewriting["messages"][-1]["content"]  # the conversation so far
+    assert answering["messages"][-1]["content"].startswith("<passages>")
+    talk.say("why " * 900 + "?")  # a terminal takes 4,095 characters a line
+    assert "why why ? [1]\r\nSources" in talk.until("s)\r\n")
+    assert talk.leave() == 0
+    assert all(body["options"]["num_ctx"] == 8192 and body["think"] == "low" for body in chats(server))
+
+
+def test_ctrl_c_ends_the_answer_and_its_stream_and_not_the_chat(chat, server):
+    talk = chat("--llm", f"ollama:{MODEL}")
+    talk.until("\n> ")
+    server.chat = "endless"
+    talk.say("¿Quién fabrica la Lumbrera 9?")
+    talk.until("more more")
+    os.kill(talk.pid, signal.SIGINT)
+    assert "Detenido." in talk.until("> ")
+    assert server.gone.wait(5)  # the server saw its client leave
+    server.chat = "answer"
+    talk.say("Who makes it?")
+    assert "You asked: Who makes it? [1]" in talk.until("s)\r\n")
+    assert talk.leave() == 0
+
+
+def test_an_answer_that_fails_is_said_and_the_chat_goes_on(chat, server):
+    talk = chat("--llm", f"ollama:{MODEL}")
+    talk.until("\n> ")
+    for mode, said in (("die", "broke off"), ("cut", "of about"), ("length", "ran out of tokens while thinking")):
+        server.chat = mode
+        talk.say("Who makes the Lumbrera 9?")
+        assert said in talk.until("\n> ").replace("\r\n", " ")
+    server.chat = "answer"
+    talk.say("Who makes it?")
+    assert "You asked: Who makes it? [1]" in talk.until("s)\r\n")
+    assert talk.leave() == 0
+
+
+def test_the_server_that_chat_started_is_gone_when_it_ends(chat, monkeypatch, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = write_program(tmp_path / "bin")
+    monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{port}")
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+
+    def running():
+        return [one for one in psutil.process_iter(["cmdline"]) if str(program) in (one.info["cmdline"] or ())]
+
+    talk = chat("--llm", "ollama:plain:1b")
+    talk.until("\n> ")
+    assert running()
+    talk.say("Who makes the Lumbrera 9?")
+    talk.until("s)\r\n")
+    assert talk.leave() == 0
+    assert not running()

@@ -1,0 +1,267 @@
+"""The recipe of the embedded model: its curriculum, its tokenizer, its batches and a training that is interrupted."""
+
+import random
+import re
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GptOssForCausalLM
+
+from helpers import settings
+from helpers.chunking import load_documents
+from helpers.evaluation import load_questions
+from helpers.generation import rag_messages
+from helpers.tiny_gpt_oss import packing, tokenizer, train, worlds
+from helpers.tiny_gpt_oss.curriculum import REFUSAL, UNKNOWN, Shape, make_closed_book, make_example
+from helpers.tiny_gpt_oss.train import Bucket, Packer, Stage, Training, model_config
+from helpers.tiny_gpt_oss.worlds import FOLDER, LANGUAGES, fill, reserved, words
+
+SHAPES = [Shape((1, 1), (80, 300), 6), Shape((1, 5), (250, 1000), 8)]
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return AutoTokenizer.from_pretrained(settings.TINY_GPT_OSS)
+
+
+def examples(count, shape, name="test"):
+    for number in range(count):
+        yield make_example(random.Random(f"{name} {number}"), LANGUAGES[number % 2], shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["one", "full"])
+def test_an_answer_stands_in_the_passage_it_cites(shape):
+    kinds = set()
+    for example in examples(300, shape):
+        assert shape.passages[0] <= len(example.passages) <= shape.passages[1]
+        assert len(example.turns) == shape.questions
+        assert all(0 < len(passage.text) <= shape.characters[1] + 60 for passage in example.passages)
+        for turn in example.turns:
+            kinds.add(turn.kind)
+            if turn.kind == "unanswerable":
+                assert turn.answer == REFUSAL[example.language]
+            else:
+                text = " ".join(example.passages[turn.number - 1].text.split())
+                assert " ".join(turn.value.split()) in text, (turn, text)
+                assert turn.answer.endswith(f"{turn.value} [{turn.number}].")
+    assert kinds == ({"value", "unanswerable", "newer"} if shape.passages[1] > 1 else {"value", "unanswerable"})
+
+
+def test_about_one_question_in_five_is_unanswerable_and_some_passages_carry_an_instruction():
+    found = list(examples(600, SHAPES[1]))
+    turns = [turn for example in found for turn in example.turns]
+    assert 0.17 < sum(turn.kind == "unanswerable" for turn in turns) / len(turns) < 0.25
+    planted = [example for example in found if example.payload]
+    assert 0.08 < len(planted) / len(found) < 0.16
+    held = [any(example.payload in passage.text for passage in example.passages) for example in planted]
+    assert sum(held) / len(held) > 0.4  # the others were cut away
+
+
+def test_the_newer_of_two_that_disagree_holds():
+    newer = 0
+    for example in examples(400, SHAPES[1]):
+        for turn in example.turns:
+            if turn.kind == "newer":
+                years = [max(map(int, re.findall(r"\b(?:19|20)\d\d\b", f"{p.place} {p.text}")), default=0)
+                         for p in example.passages]  # fmt: skip
+                newer += years[turn.number - 1] > 0
+    assert newer > 50
+
+
+def test_without_passages_the_only_right_answer_is_not_to_know():
+    for language in LANGUAGES:
+        example = make_closed_book(random.Random(1), language, 5)
+        assert example.passages == () and {turn.answer for turn in example.turns} == {UNKNOWN[language]}
+
+
+def test_the_same_seed_writes_the_same_example():
+    assert list(examples(5, SHAPES[1])) == list(examples(5, SHAPES[1]))
+    assert list(examples(5, SHAPES[1])) != list(examples(5, SHAPES[1], "other"))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_template_has_its_places(language):
+    ids = set()
+    for attributes in words(language).attributes.values():
+        for attribute in attributes:
+            ids.add(attribute.id)
+            for statement in attribute.statements:
+                assert statement.count("{e}") == 1 and statement.count("{v}") == 1, statement
+            for followup in attribute.followups:
+                assert "{e}" not in followup and followup.count("{v}") == 1, followup
+            for question in attribute.questions:
+                assert question.count("{e}") == 1 and "{v}" not in question, question
+            assert bool(attribute.values) == (attribute.value == "phrase"), attribute.id
+    assert len(ids) > 150
+
+
+def test_spanish_contracts_and_sentences_begin_with_a_capital():
+    assert fill("{e} pesa {v}.", "es", "la bomba", "3 kg") == "La bomba pesa 3 kg."
+    assert fill("el peso de {e} es {v}.", "es", "el horno", "3 kg") == "El peso del horno es 3 kg."
+    assert fill("¿qué pasó a {e}?", "es", "el horno") == "¿Qué pasó al horno?"
+    assert fill("{e} weighs {v}.", "en", "the oven", "3 kg") == "The oven weighs 3 kg."
+
+
+def test_nothing_of_the_documents_or_the_questions_is_in_ten_thousand_worlds():
+    """No proper name and no eight words in a row; and with no name, no fact: each fact's subject has one."""
+    documents = load_documents(settings.DOCUMENTS)[0]
+    text = "\n".join(page.text for page in documents)
+    asked = load_questions(settings.QUESTIONS, None).questions
+    text += "\n" + "\n".join(" ".join([question.question, *question.answers]) for question in asked)
+    templates = set(split("\n".join(path.read_text(encoding="utf-8") for path in FOLDER.glob("*.toml"))))
+    lower = {word for word in split(text) if word[0].islower()}
+    inside = set(re.findall(r"(?<=[a-záéíóúñ,] )[A-ZÁÉÍÓÚÑ][a-záéíóúñü]+", text))
+    calendar = {word.lower() for word in split(" ".join(worlds._MONTHS["en"] + worlds._WEEKDAYS["en"]))}
+    names = {name.lower() for name in inside if name not in templates} - lower - calendar
+    assert len(names) > 250
+    assert names <= reserved() | {"english"}, f"add to curriculum/reserved.txt: {sorted(names - reserved())}"
+    known = runs(text)
+    made, found = set(), set()
+    for example in examples(10_000, Shape((1, 3), (200, 1000), 4), "honest"):
+        said = "\n".join([passage.text for passage in example.passages] + [turn.question for turn in example.turns])
+        found |= runs(said) & known
+        made |= {word.lower() for word in split(said) if word.istitle()}  # a code such as MR-1234 is no name
+    assert not found
+    # A common noun of the templates that is a name in the documents (a lantern, the Lantern) is no name here.
+    assert not names & made - {word.lower() for word in templates}
+
+
+def split(text):
+    return re.findall(r"[^\W_]+", text)
+
+
+def runs(text, length=8):
+    """Return all stretches of so many words; '8:30' is one."""
+    found = [word.lower() for word in (part.strip(".,;:!?¿¡()«»\"'–-") for part in text.split()) if word]
+    return {" ".join(found[start : start + length]) for start in range(len(found) - length + 1)}
+
+
+def test_the_tokenizer_keeps_digits_apart_and_has_the_harmony_tokens(reader):
+    assert len(reader) == tokenizer.VOCABULARY
+    assert reader.tokenize("1987")[-4:] == ["1", "9", "8", "7"]
+    for special in tokenizer.SPECIAL:
+        assert len(reader(special).input_ids) == 1
+    assert reader.pad_token_id != reader.eos_token_id
+    text = "¿Cuándo abre el almacén? Desde las 7:30, salvo «fiestas» – 3 €.\n\t✓"
+    assert reader.decode(reader(text).input_ids) == text
+    assert not any(re.search('[0-9]', piece) and len(piece) > 1 for piece in reader.get_vocab()
+                   if not piece.startswith("<|"))  # fmt: skip
+
+
+def test_the_template_is_harmony_without_a_date(reader):
+    messages = [*rag_messages("Who?", [("a.txt, p. 1", "Text.")]), {"role": "assistant", "content": "The answer."}]
+    text = reader.apply_chat_template(messages, tokenize=False)
+    assert text.startswith("<|start|>system<|message|>Answer from") and "<|end|><|start|>user<|message|><pass" in text
+    assert text.endswith("<|start|>assistant<|channel|>final<|message|>The answer.<|return|>")
+    prompt = reader.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+    assert prompt.endswith("<|end|><|start|>assistant<|channel|>final<|message|>") and text.startswith(prompt)
+    assert "now" not in reader.chat_template and not re.search(r"20\d\d", prompt)
+
+
+def small(window=128):
+    config = model_config(4096, 0, 5)
+    config.update({"hidden_size": 64, "intermediate_size": 32, "head_dim": 16, "sliding_window": window})
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(config).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    return model
+
+
+@pytest.mark.parametrize("prefix", [16, 32, 40, 64], ids=str)
+def test_branches_see_what_a_prompt_of_their_own_would_show(prefix):
+    """Batches of branches and one plain prompt after the other give the same hidden states and the same gradients."""
+    model = small(window=16)
+    layout = packing.Layout(prefix, 10, 3, 16)
+    ids = torch.randint(7, 4096, (2, layout.tokens))
+    padding = torch.zeros(2, prefix, dtype=torch.bool)
+    padding[1, :7] = True
+    model.set_attn_implementation("eager")
+    alone = []
+    for row, start in enumerate((0, 7)):
+        for branch in range(3):
+            first = prefix + 10 * branch
+            own = torch.cat([ids[row, start:prefix], ids[row, first : first + 10]])[None]
+            alone.append(model.model(own, use_cache=False).last_hidden_state[0, -10:])
+    torch.stack(alone).square().sum().backward()
+    expected = {name: weight.grad.clone() for name, weight in model.model.named_parameters()}
+    model.zero_grad()
+    packing.use(model)
+    hidden = packing.forward(model.model, ids, padding, layout)[:, prefix:].reshape(6, 10, -1)
+    assert torch.allclose(hidden, torch.stack(alone), atol=1e-4)
+    hidden.square().sum().backward()
+    for name, weight in model.model.named_parameters():
+        assert torch.allclose(weight.grad, expected[name], rtol=1e-3, atol=1e-3), name
+
+
+def test_dense_experts_give_what_routed_ones_give():
+    model = small()
+    ids = torch.randint(7, 4096, (1, 30))
+    with torch.no_grad():
+        routed = model(ids).logits
+        train.ALL_EXPERTS_FUNCTIONS.register("dense", train.dense_experts)
+        model.set_experts_implementation("dense")
+        assert torch.allclose(model(ids).logits, routed, atol=1e-4)
+
+
+def test_a_batch_says_what_the_template_says(reader):
+    packer, bucket = Packer(reader, 128), Bucket(Shape((1, 2), (80, 300), 4), 2, 400, 48)
+    rows = packer.rows(random.Random(3), bucket)
+    batch = packer.pack(rows, bucket)
+    for row, (_, example) in enumerate(rows):
+        passages = [(passage.place, passage.text) for passage in example.passages]
+        for branch, turn in enumerate(example.turns):
+            messages = [*rag_messages(turn.question, passages), {"role": "assistant", "content": turn.answer}]
+            whole = reader(reader.apply_chat_template(messages, tokenize=False)).input_ids
+            first = batch.layout.prefix + branch * batch.layout.branch
+            prefix = batch.ids[row, : batch.layout.prefix][~batch.padding[row]].tolist()
+            own = [token for token in batch.ids[row, first : first + 48].tolist() if token != reader.pad_token_id]
+            assert prefix + own == whole
+            learnt = batch.answers[row, first : first + 48].nonzero().flatten() + 1
+            assert reader.decode(batch.ids[row, first + learnt]) == f"{turn.answer}<|return|>"
+
+
+def test_heads_start_by_copying():
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(model_config(4096, 0, 5))
+    train.initialize(model)
+    model.set_attn_implementation("eager")
+    model.eval()
+    ids = torch.randint(300, 4096, (1, 30)).repeat(1, 2)
+    with torch.no_grad():
+        found = model(ids, output_attentions=True).attentions
+    last = torch.arange(31, 60)
+    assert found[0][0, 0, last, last - 1].mean() > 0.9  # looks one token back
+    assert found[1][0, 0, last, last - 29].mean() > 0.6  # finds what followed the same token before
+
+
+def test_an_interrupted_training_goes_on_with_the_same_next_batch(tmp_path, monkeypatch, reader):
+    monkeypatch.setattr(train, "CHECKPOINT", 2)
+    monkeypatch.setattr(train, "BUCKETS", {"few": Bucket(Shape((1, 1), (60, 120), 2), 2, 144)})
+    stages = (Stage(4, (("few", 1.0),)),)
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        reader.save_pretrained(tmp_path / name)
+    whole = Training(tmp_path / "whole", stages, "cpu", compiled=False)
+    whole.run()
+    stopped = Training(tmp_path / "stopped", stages, "cpu", compiled=False)
+    learn, seen = stopped.learn, []
+
+    def until_the_third(batch):
+        seen.append(batch)
+        if len(seen) == 4:  # after the checkpoint at 2, a step is lost
+            raise KeyboardInterrupt
+        return learn(batch)
+
+    stopped.learn = until_the_third
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    resumed = Training(tmp_path / "stopped", stages, "cpu", compiled=False)
+    assert resumed.step == 2 and torch.equal(resumed.batch(2).ids, seen[2].ids)
+    resumed.run()
+    for (name, weight), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.allclose(weight, other, atol=1e-6), name
+    whole.export(tmp_path / "model")
+    loaded = GptOssForCausalLM.from_pretrained(tmp_path / "model")
+    assert loaded.dtype == torch.bfloat16 and not loaded.config.tie_word_embeddings
+    assert sum(weight.numel() for weight in loaded.parameters()) < 12e6
