@@ -115,7 +115,7 @@ def _load(options: argparse.Namespace):
     from helpers import ollama
     from helpers.llms import load_llm
 
-    llm = load_llm(options.llm, fallback="tiny")
+    llm = load_llm(options.llm, fallback="tiny" if (settings.TINY_GPT_OSS / "model.safetensors").exists() else "quotes")
     if options.llm == "auto" and sys.stdin.isatty() and sys.stderr.isatty():
         name, gigabytes, memory = settings.OLLAMA_MODELS[0]
         if not llm.name.startswith("ollama:") and ollama.look().binary and "HELPERS_LLM" not in os.environ:

@@ -234,6 +234,11 @@ def _read(name: str):
 def check_weights(folder: Path) -> str:
     """Compare every file of a folder with its SHA256SUMS; return the hash of the weights. Raises OSError."""
     found = ""
+    if not (folder / "SHA256SUMS").exists():
+        raise OSError(
+            f"There are no weights in helpers/{folder.name}: make them with `python -m helpers.{folder.name}.train`, "
+            "or use 'quotes', which needs none."
+        )
     for line in (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
         expected, name = line.split()
         path = folder / name

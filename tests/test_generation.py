@@ -1,12 +1,13 @@
 """Passages to an answer: quotes, prompts, budgets, citations and refusals."""
 
-import pytest
+import hashlib
 
+import pytest
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
 
 from helpers.generation import NOT_THERE, REFUSALS, answer, as_data, cite, is_refusal, rag_messages
-from helpers.llms import LLM, PromptTooLong, load_llm
+from helpers.llms import LLM, PromptTooLong, check_weights, load_llm
 from helpers.retrieval import Index, Retriever
 
 TEXTS = [
@@ -163,7 +164,7 @@ def test_the_prompt_numbers_the_passages_and_keeps_them_data():
 def test_the_quote_is_the_sentence_that_holds_the_claim(retriever):
     hits = retriever.search("Faro de Cabo Lirón")
     number = [hit.chunk.file for hit in hits].index("2.txt") + 1
-    text, citations, _ = cite(
+    _, citations, _ = cite(
         f"Mide 21 metros [{number}]. La fabricó Cosme Arrábide [{number}].", "¿Cómo es el faro?", hits
     )
     assert [cited.quote for cited in citations] == [
@@ -188,5 +189,18 @@ def test_the_environment_overrides_auto(monkeypatch):
 
 
 def test_a_model_that_is_nowhere_is_said_in_one_sentence():
-    with pytest.raises(OSError, match="The model 'no/such-model' can't be loaded: .* Check the name and the network"):
+    with pytest.raises(OSError, match=r"The model 'no/such-model' can't be loaded: .* Check the name and the network"):
         load_llm("hf:no/such-model")
+
+
+def test_damaged_or_missing_weights_are_refused(tmp_path):
+    with pytest.raises(OSError, match=r"There are no weights in .*: make them with `python -m helpers"):
+        check_weights(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    (tmp_path / "SHA256SUMS").write_text(f"{digest}  model.safetensors\n")
+    assert check_weights(tmp_path) == digest
+    weights.write_bytes(b"weighty")
+    with pytest.raises(OSError, match=r"model\.safetensors in .* is damaged or incomplete"):
+        check_weights(tmp_path)

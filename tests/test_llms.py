@@ -1,0 +1,117 @@
+"""Models behind one interface: transformers in this process, and what the harmony format hides."""
+
+import json
+
+import pytest
+import stand_in_model
+import torch
+from langchain_core.messages import HumanMessage
+
+from helpers.generation import rag_messages
+from helpers.llms import FINAL, LLM, PromptTooLong, TransformersChat, estimate_tokens, load_llm
+
+MESSAGES = rag_messages("Who keeps the light?", [("a.txt, p. 1", "The light is kept by nobody.")])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return stand_in_model.make(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    return load_llm(f"hf:{folder}", answer_tokens=24)
+
+
+def test_it_says_what_transformers_own_generation_says(llm):
+    prompt = llm.chat.prompt(MESSAGES)
+    ids = llm.chat.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+    expected = llm.chat.model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert list(llm.chat.tokens(prompt)) == [token for token in expected if token != llm.chat.tokenizer.eos_token_id]
+
+
+def test_the_stream_is_the_answer_in_pieces(llm):
+    pieces = list(llm.stream(MESSAGES))
+    whole = llm.chat.invoke([HumanMessage("x")]).content
+    assert len(pieces) > 5 and "".join(pieces) == "".join(llm.stream(MESSAGES))
+    assert isinstance(whole, str) and whole
+
+
+def test_temperature_draws_and_the_seed_repeats_it(folder):
+    def said(seed, temperature=5.0):
+        return "".join(load_llm(f"hf:{folder}", temperature=temperature, seed=seed, answer_tokens=12).stream(MESSAGES))
+
+    assert said(1) == said(1) and said(1) != said(2)
+    assert said(1, 0.0) == said(2, 0.0)
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(llm):
+    assert llm.context == 256
+    with pytest.raises(PromptTooLong, match=r"The prompt has \d{3,} tokens and the model's context is 256"):
+        list(llm.stream([{"role": "user", "content": "light " * 300}]))
+
+
+def test_a_reader_that_stops_stops_the_model(llm, monkeypatch):
+    calls = []
+    forward = type(llm.chat.model).forward
+    monkeypatch.setattr(
+        type(llm.chat.model), "forward", lambda self, **options: calls.append(1) or forward(self, **options)
+    )
+    stream = llm.stream(MESSAGES)
+    next(stream)
+    stream.close()
+    assert len(calls) < 8
+
+
+class Says(torch.nn.Module):
+    """A model that writes given tokens, one a call."""
+
+    def __init__(self, ids, stop):
+        super().__init__()
+        self.ids, self.device = list(ids), torch.device("cpu")
+        self.config = type("Config", (), {"max_position_embeddings": 2048})
+        self.generation_config = type("Generation", (), {"eos_token_id": [stop]})
+
+    def forward(self, **_):
+        logits = torch.zeros(1, 1, 4096)
+        logits[0, 0, self.ids.pop(0)] = 1.0
+        return type("Output", (), {"logits": logits, "past_key_values": None})
+
+
+def chat_saying(text, open_prompt=False):
+    reader = stand_in_model.tokenizer()
+    if open_prompt:  # as gpt-oss itself has it: the model opens its channels on its own
+        reader.chat_template = reader.chat_template.replace(
+            "'<|start|>assistant<|channel|>final<|message|>' -}}\n{%- endif", "'<|start|>assistant' -}}\n{%- endif"
+        )
+    ids = reader(text, add_special_tokens=False).input_ids
+    return TransformersChat(model=Says(ids, reader.eos_token_id), tokenizer=reader, max_tokens=len(ids))
+
+
+def test_only_the_final_channel_is_shown():
+    thought = "<|channel|>analysis<|message|>The user asks.<|end|><|start|>assistant"
+    chat = chat_saying(f"{thought}{FINAL}Nobody [1].<|return|>", open_prompt=True)
+    assert not chat.prompt(MESSAGES).endswith(FINAL)
+    assert "".join(LLM("x", chat).stream(MESSAGES)) == "Nobody [1]."
+
+
+def test_a_letter_of_several_tokens_is_never_shown_in_half():
+    pieces = list(LLM("x", chat_saying("Sí ✓ ¿ñ? 灯<|return|>")).stream(MESSAGES))
+    assert "".join(pieces) == "Sí ✓ ¿ñ? 灯" and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_an_adapter_is_loaded_on_its_base(folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    tuned = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    tuned.save_pretrained(tmp_path)
+    stand_in_model.tokenizer().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == folder
+    plain = "".join(load_llm(f"hf:{folder}", answer_tokens=12).stream(MESSAGES))
+    assert "".join(load_llm(f"hf:{tmp_path}", answer_tokens=12).stream(MESSAGES)) != plain
+
+
+def test_the_estimate_errs_on_the_safe_side(llm):
+    assert estimate_tokens(MESSAGES) > 0.9 * llm.count(MESSAGES)
