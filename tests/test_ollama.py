@@ -660,7 +660,7 @@ def test_a_model_that_cannot_think_says_so(stand_in):
 
 def test_a_prompt_too_long_for_num_ctx_is_cut_by_the_server_and_refused_by_us(stand_in):
     long = "word " * 600
-    refused(ollama.PromptCut, "read 258 of about 604 tokens|raise num_ctx or give it fewer passages", ask, long)
+    refused(ollama.PromptCut, "read 258 of about 754 tokens|raise num_ctx or give it fewer passages", ask, long)
     assert ask(long, num_ctx=1024).content.startswith("You said")
 
 

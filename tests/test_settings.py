@@ -41,7 +41,8 @@ def test_importing_every_module_of_helpers_loads_nothing_heavy(tmp_path):
     names, modules = child(code, tmp_path)
     assert {"chunking", "embeddings", "language", "settings", "retrieval"} <= set(names)
     heavy = {"torch", "transformers", "sentence_transformers", "faiss", "pypdf", "bm25s", "scipy", "sklearn"}
-    assert not (heavy | {"langchain_core", "langchain_community", "trl", "peft"}) & set(modules)
+    # langchain_core is let in: a chat model is a subclass of its own.
+    assert not (heavy | {"langchain_community", "trl", "peft", "bitsandbytes", "datasets"}) & set(modules)
 
 
 def test_paths_do_not_depend_on_the_working_directory(tmp_path):
