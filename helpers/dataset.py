@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 from helpers import settings
 from helpers.evaluation import load_questions
@@ -60,27 +61,30 @@ class DatasetReport:
         """Say whether this can be trained on."""
         return not any(fault.stops for fault in self.faults)
 
-    def check(self) -> None:
-        """Raise BadDataset with every fault that stops a training."""
+    def check(self) -> "DatasetReport":
+        """Return this report, or raise BadDataset with every fault that stops a training."""
         stopping = [str(fault) for fault in self.faults if fault.stops]
         if stopping:
             count = "1 fault" if len(stopping) == 1 else f"{len(stopping)} faults"
             raise BadDataset(f"{self.path.name} has {count} to mend:\n  " + "\n  ".join(stopping))
+        return self
 
     def histogram(self, bins: int = 10) -> list[tuple[int, int, int]]:
         """Return (from, below, rows) for the lengths in tokens, in `bins` steps of equal width at most."""
-        longest = max((whole for whole, _ in self.lengths), default=0)
-        width = longest // bins + 1
+        width = max((whole for whole, _ in self.lengths), default=0) // bins + 1
         counts = Counter(whole // width for whole, _ in self.lengths)
-        return [(step * width, (step + 1) * width, counts[step]) for step in range(longest // width + 1) if counts]
+        steps = range(min(counts), max(counts) + 1) if counts else ()
+        return [(step * width, (step + 1) * width, counts[step]) for step in steps]
 
     def __str__(self) -> str:
         languages = Counter(detect_language(row["instruction"]) for row in self.rows)
-        lines = [
-            f"{self.path.name}: {len(self.rows)} good rows ("
-            + ", ".join(f"{count} {language}" for language, count in sorted(languages.items()))
-            + f"), {sum(fault.stops for fault in self.faults)} faults"
-        ]
+        count = ", ".join(f"{number} {language}" for language, number in sorted(languages.items()))
+        lines = [f"{self.path.name}: {len(self.rows)} good rows ({count}), {sum(f.stops for f in self.faults)} faults"]
+        if self.lengths:
+            for what, lengths in zip(
+                ("with the template", "answer alone"), zip(*self.lengths, strict=True), strict=True
+            ):
+                lines.append(f"  {what}: {median(lengths):.0f} tokens in the median, {max(lengths)} at most")
         most = max((count for _, _, count in self.histogram()), default=0)
         for low, high, count in self.histogram():
             lines.append(f"  {low:>5} to {high - 1:>5} tokens {count:>6}  {'█' * round(30 * count / most)}")
@@ -224,22 +228,22 @@ def _near(texts: Sequence[str], others: Sequence[str]) -> list[tuple[int, int]]:
 
     if not texts or not others:
         return []
-    columns: dict[str, int] = {}
+    triples = [[{f" {text} "[i : i + 3] for i in range(len(text))} for text in some] for some in (texts, others)]
+    columns = {triple: number for number, triple in enumerate(set().union(*triples[0], *triples[1]))}
 
-    def triples(some: Sequence[str]) -> tuple[csr_matrix, np.ndarray]:
-        found = [{f" {text} "[i : i + 3] for i in range(len(text))} for text in some]
-        places = np.array([columns.setdefault(part, len(columns)) for row in found for part in sorted(row)], np.int32)
-        sizes = np.array([len(row) for row in found])
-        parts = (np.ones(len(places), np.float32), places, np.concatenate([[0], sizes.cumsum()]))
-        return csr_matrix(parts, shape=(len(some), 2**24)), sizes
+    def matrix(rows: list[set[str]]) -> csr_matrix:
+        places = np.array([columns[triple] for row in rows for triple in row], np.int32)
+        ends = np.cumsum([0, *map(len, rows)])
+        return csr_matrix((np.ones(len(places), np.float32), places, ends), shape=(len(rows), len(columns)))
 
-    (left, left_sizes), (right, right_sizes) = triples(texts), triples(others)
+    left, right = matrix(triples[0]), matrix(triples[1]).T.tocsr()
+    sizes = [np.array([len(row) for row in rows]) for rows in triples]
     pairs = []
     for start in range(0, len(texts), 1000):  # a thousand rows at a time: memory doesn't grow with the square
-        shared = (left[start : start + 1000] @ right.T).tocoo()
-        rows = shared.row + start
-        near = shared.data >= NEAR * (left_sizes[rows] + right_sizes[shared.col] - shared.data)
-        pairs += sorted(zip(rows[near].tolist(), shared.col[near].tolist(), strict=True))
+        shared = (left[start : start + 1000] @ right).tocoo()
+        one, other = shared.row + start, shared.col
+        near = shared.data >= NEAR * (sizes[0][one] + sizes[1][other] - shared.data)
+        pairs += sorted(zip(one[near].tolist(), other[near].tolist(), strict=True))
     return [(one, other) for one, other in pairs if _numbers(texts[one]) == _numbers(others[other])]
 
 

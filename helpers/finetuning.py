@@ -26,7 +26,7 @@ from pathlib import Path
 
 from helpers import settings
 from helpers.dataset import DATASET, DatasetReport, check_dataset, show_example, to_prompt_completion
-from helpers.four_bit import audit, hub_options, load_config, read_base
+from helpers.four_bit import audit, base_digest, load_config, load_tokenizer, read_base
 from helpers.planning import CHECKPOINTS_KEPT, Plan, held_out, model_of, peak_memory, plan, recipe_of
 from helpers.recording import describe_machine
 from helpers.storage import put_in_place, sha256_of
@@ -39,7 +39,6 @@ __all__ = [
 OUT = settings.ROOT / "gpt_oss_fine_tuned"
 MARK = "complete.json"  # in a checkpoint that was written to its end
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
-TEMPLATE_DATE = date(2026, 1, 1)  # instead of today in chat templates: else ids and losses change from day to day
 
 Watch = Callable[[list[dict], int, int], None]  # gets the losses so far, the step and the steps, after each step
 
@@ -99,12 +98,12 @@ def train(
         raise ValueError(f"{out} holds something else than an adapter: choose another folder with out=.")
     _release()
     if base == "auto":
-        chosen = plan(base, _checked(dataset, questions=questions), **changes)
+        chosen = plan(base, check_dataset(dataset, questions=questions).check(), **changes)
         base, why = chosen.base, chosen.why
     recipe, model = recipe_of(base, changes), model_of(base)
     room = min(recipe.max_length, getattr(load_config(model), "max_position_embeddings", recipe.max_length))
     tokenizer = load_tokenizer(model)
-    report = _checked(dataset, tokenizer, room, questions)
+    report = check_dataset(dataset, tokenizer, room, questions).check()
     chosen = replace(plan(base, report, **changes), why=why)
     chosen.check()
     if recipe.patience and not held_out(len(report.rows), recipe):
@@ -143,12 +142,6 @@ def train(
         _release()
 
 
-def _checked(*arguments, **options) -> DatasetReport:
-    report = check_dataset(*arguments, **options)
-    report.check()
-    return report
-
-
 def load_base(base: str | Path, four_bit: bool = True):
     """Return the model `base`, a preset, a hub name or a folder, with its matrices in NF4 (see `four_bit.read_base`).
 
@@ -177,29 +170,6 @@ def _release(key: tuple | None = None) -> None:
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def load_tokenizer(base: str | Path):
-    """Return the tokenizer of a model; a chat template that writes today's date writes the same one every day."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(base), **hub_options(base))
-    if isinstance(tokenizer.chat_template, str):
-        tokenizer.chat_template = re.sub(
-            r"strftime_now\(\s*([\"'])(.*?)\1\s*\)",
-            lambda found: json.dumps(TEMPLATE_DATE.strftime(found[2])),
-            tokenizer.chat_template,
-        )
-    return tokenizer
-
-
-def base_digest(model: str | Path) -> str:
-    """Return what names a model's weights: the SHA-256 of a folder's files, or the commit on the hub."""
-    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-    if not files:
-        return str(getattr(load_config(model), "_commit_hash", None) or model)
-    files.append(Path(model) / "config.json")
-    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
 
 
 def _fit(chosen: Plan, report, tokenizer, folder: Path, out: Path, about: dict, watch, say) -> Training:
@@ -298,8 +268,8 @@ def make_trainer(model, tokenizer, report, chosen: Plan, folder: Path, watch=Non
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     for weight in trainer.model.parameters():
-        # TRL puts adapters on a 4-bit base into bfloat16, whose 8 bits lose most updates at this learning rate, and
-        # which a T4's gradient scaler can't take at all.
+        # TRL puts adapters on a 4-bit base into bfloat16, whose 8 bits lose small updates, and which the gradient
+        # scaler of float16 on a T4 can't take at all.
         if weight.requires_grad:
             weight.data = weight.data.float()
     return trainer
@@ -345,9 +315,8 @@ def _last_checkpoint(folder: Path) -> tuple[Path | None, dict]:
     whole = []
     for path in folder.glob("checkpoint-*"):
         try:
-            whole.append(
-                (int(path.name.rpartition("-")[2]), path, json.loads((path / MARK).read_text(encoding="utf-8")))
-            )
+            note = json.loads((path / MARK).read_text(encoding="utf-8"))
+            whole.append((int(path.name.rpartition("-")[2]), path, note))
         except (OSError, ValueError):
             shutil.rmtree(path)
     _, path, note = max(whole, default=(0, None, {"seconds": 0.0, "peak_memory": 0, "resumed": 0}))
@@ -441,9 +410,9 @@ def load_finetuned(folder: str | Path = OUT):
         base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     except (ValueError, TypeError, KeyError) as error:
         raise OSError(f"The adapter in {folder} is damaged (its JSON can't be read): train it again.") from error
-    if run and sha256_of(folder / "adapter_model.safetensors") != run["adapter_sha256"]:
+    if run.get("adapter_sha256") not in (None, sha256_of(folder / "adapter_model.safetensors")):
         raise OSError(f"The adapter in {folder} is damaged (its SHA-256 is not the one in run.json): train it again.")
-    if run and base_digest(base) != run["base_digest"]:
+    if "base_digest" in run and run["base_digest"] != base_digest(base):
         raise ValueError(
             f"The adapter in {folder} is of another base: {base} has other weights than when it was trained. Put them "
             "back, or train it again."

@@ -5,20 +5,25 @@ plain tensors, and its checkpoint comes in another four-bit format (MXFP4) that 
 are read one by one, put into 16 bits and from there into NF4: not even a layer is ever in 16 bits as a whole.
 """
 
+import hashlib
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from helpers import settings
 from helpers.embeddings import _hub_answers
+from helpers.storage import sha256_of
 
 # Dettmers et al. 2023: 16 levels at the quantiles of a normal distribution, a scale for each 64 weights, and the scales
 # themselves in 8 bits ("double quantization"): 4.127 bits a weight.
 NF4 = {"quant_type": "nf4", "compress_statistics": True}
+TEMPLATE_DATE = date(2026, 1, 1)  # instead of today in chat templates: else ids and losses change from day to day
 LEFT_OVER = 0.1  # the share of the weights that should be in 4 bits and may not be
 
 
@@ -51,6 +56,29 @@ def load_config(base: str | Path):
             f"The base model {str(base)!r} can't be loaded: it is no folder with a model in it, and it is not on the "
             "hub or the hub can't be reached. Check the name and the network, or use base='tiny', which needs none."
         ) from error
+
+
+def load_tokenizer(base: str | Path):
+    """Return the tokenizer of a model; a chat template that writes today's date writes the same one every day."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(base), **hub_options(base))
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = re.sub(
+            r"strftime_now\(\s*([\"'])(.*?)\1\s*\)",
+            lambda found: json.dumps(TEMPLATE_DATE.strftime(found[2])),
+            tokenizer.chat_template,
+        )
+    return tokenizer
+
+
+def base_digest(model: str | Path) -> str:
+    """Return what names a model's weights: the SHA-256 of a folder's files, or the commit on the hub."""
+    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    if not files:
+        return str(getattr(load_config(model), "_commit_hash", None) or model)
+    files.append(Path(model) / "config.json")
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
 
 
 def read_base(base: str | Path, four_bit: bool = True, dtype: str = "", device: str = ""):

@@ -92,7 +92,7 @@ class PlanRefused(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training takes: memory by part and what is free, in GiB; disk in GB; `seconds` by a rough estimate.
+    """What a training takes: memory by part and what is free, in GiB; disk in GB; `seconds` roughly, 0 if not known.
 
     `tokens` is the longest row, `batch` the rows on the device at once, `accumulation` how many such make a step.
     `problem` says why it can't be run, '' if it can; `why` how base='auto' chose it.
@@ -135,7 +135,7 @@ class Plan:
             f"{self.dtype}, {self.optimizer}, learning rate {self.recipe.learning_rate:g}",
             *(f"  {part:<32}{size:>8.2f} GiB" for part, size in rows),
             f"  {f'disk, of {self.free_disk:.0f} free':<32}{self.disk:>8.2f} GB",
-            f"  time, roughly {settings.format_seconds(self.seconds)}",
+            "  time: " + (f"about {settings.format_seconds(self.seconds)}" if self.seconds else "another machine's"),
         ]
         return "\n".join([*lines, f"  Refused: {self.problem}."] if self.problem else lines)
 
@@ -330,7 +330,9 @@ class _Shape:
         return {part: size / GIB for part, size in parts.items() if size}
 
     def step_seconds(self, device: str, dtype: str, tokens: float) -> float:
-        """Return about how long a step on so many tokens takes, at a third of the speed measured here."""
+        """Return about how long a step on so many tokens takes, at a third of the speed measured here; 0 elsewhere."""
+        if device != settings.device():
+            return 0.0
         passes = 3 if self.checkpointing else 2  # forward, once more, and back to the adapters
         operations, copied = _speed(device, dtype)
         unpacking = 3 * self.matrices / copied if self.four_bit else 0  # read half a byte and write two
@@ -344,7 +346,6 @@ def _speed(device: str, dtype: str) -> tuple[float, float]:
     """Return what this machine's device does in a second: operations of a matrix product in `dtype`, bytes copied."""
     import torch
 
-    device = device if device == settings.device() else "cpu"  # another machine's can't be measured here
     size = 4096 if device == "cuda" else 512
     matrix = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
 

@@ -40,7 +40,7 @@ def checked(tmp_path, *lines, questions=None, **options):
 def test_the_course_s_own_set_has_no_fault(tokenizer):
     report = check_dataset(tokenizer=tokenizer, max_length=256)
     assert report.faults == [] and report.ok and len(report.rows) == len(DATASET.read_text("utf-8").splitlines())
-    assert report.check() is None
+    assert report.check() is report
 
 
 def test_a_file_that_is_not_there(tmp_path):
@@ -98,7 +98,7 @@ def test_all_faults_are_listed_and_not_just_the_first(tmp_path):
 
 def test_a_byte_order_mark_and_windows_line_ends_are_said_and_read_all_the_same(tmp_path):
     report = checked(tmp_path, b"\xef\xbb\xbf" + line(GOOD).encode() + b"\r", line(OTHER).encode() + b"\r", b"")
-    assert report.rows == [GOOD, OTHER] and report.ok and report.check() is None
+    assert report.rows == [GOOD, OTHER] and report.ok and report.check() is report
     assert [(fault.line, fault.stops) for fault in report.faults] == [(1, False), (1, False)]
     assert "byte order mark" in str(report) and "2 lines, this the first, end as in Windows (CRLF)" in str(report)
 
