@@ -7,13 +7,14 @@ READY := .venv/.ready
 REPEATABLE := CUDA_VISIBLE_DEVICES= HELPERS_DTYPE=float32 HELPERS_LLM=tiny HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test run chat stress
+.PHONY: help lab test run chat bench stress
 
 help:
 	@echo "make lab     open the course in JupyterLab"
 	@echo "make test    run the tests, notebooks included (minutes)"
 	@echo "make run     run every notebook headless into runs/ and print its time"
 	@echo "make chat    ask the documents in mis_documentos/ until 'salir'"
+	@echo "make bench   measure QLoRA at gpt-oss-20b's shape: memory and tokens a second (a GPU, or a small one on the CPU)"
 	@echo "make stress  the long and brutal tests"
 
 $(READY): requirements.lock requirements.txt pyproject.toml
@@ -42,6 +43,9 @@ run: $(READY)
 
 chat: $(READY)
 	@$(BIN)/python -m helpers chat
+
+bench: $(READY)
+	@$(BIN)/python tests/tools/bench_qlora.py
 
 stress: $(READY)
 	@$(REPEATABLE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m stress

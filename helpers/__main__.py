@@ -1,9 +1,10 @@
-"""The terminal: python -m helpers ask | chat | record | index | evaluate | doctor."""
+"""The terminal: python -m helpers ask | chat | index | evaluate | train | export | record | compare | doctor."""
 
 import argparse
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ SAY = {
     "es": {"sources": "Fuentes", "stopped": "Detenido.", "dropped": "Omitido, no cabe", "asked": "Pregunta"},
 }
 YES = {"y", "yes", "s", "si", "sí"}
+CHANGES = {"epochs": int, "learning_rate": float, "rank": int, "batch": int, "max_length": int, "seed": int}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, IndexRefused, OllamaError) as error:
         print(f"helpers: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(stop, file=sys.stderr)
         return 130
 
 
@@ -56,9 +58,29 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--llm", default=f"ollama:{settings.OLLAMA_MODEL}", help="as for chat (default %(default)s)")
     sub.add_argument("--out", type=Path, default=settings.RESULTS, help="folder of the recorded answers")
     command("index", _index, "build or update the index of a folder")
+    sub = command("compare", _compare, "ask every arm the same questions: what each gets right, and what it costs")
+    sub.add_argument("--llm", default="auto", help="the base: auto, ollama:MODEL, hf:NAME_OR_FOLDER or tiny")
+    sub.add_argument("--tuned", action="append", default=[], help="folder of an adapter of that base, once a seed")
+    sub.add_argument("--reading", action="append", default=[], help="the same, trained with passages in its examples")
+    sub.add_argument("--questions", type=Path, default=settings.QUESTIONS, help="JSON lines (default %(default)s)")
+    sub.add_argument("--split", choices=("dev", "test", "all"), default="all", help="which questions")
+    sub.add_argument("--out", type=Path, help="file of the rows; a run that was killed goes on from it")
     sub = command("evaluate", _evaluate, "measure search and quotes on question files")
     sub.add_argument("files", type=Path, nargs="+", help="JSON lines or SQuAD's JSON; a folder means all in it")
     sub.add_argument("--split", choices=("dev", "test", "all"), default="test", help="which questions of JSON lines")
+    sub = command("train", _train, "train an adapter on a training set; the same command goes on with it", False)
+    sub.add_argument("--base", default="auto", help="auto, gpt-oss-20b, small, tiny, a hub name or a folder")
+    sub.add_argument("--dataset", type=Path, default=settings.DATASET, help="JSON lines (default %(default)s)")
+    sub.add_argument("--out", type=Path, default=settings.FINE_TUNED, help="folder of the adapter")
+    for name, kind in CHANGES.items():
+        sub.add_argument(f"--{name.replace('_', '-')}", type=kind, help="instead of the base's own")
+    sub.add_argument("--plan", action="store_true", help="say what it takes, and train nothing")
+    sub = command("export", _export, "add an adapter to its base, for other programs: a folder, GGUF, Ollama", False)
+    sub.add_argument("--adapter", type=Path, default=settings.FINE_TUNED, help="folder (default %(default)s)")
+    sub.add_argument("--out", type=Path, default=settings.RUNS / "merged", help="folder (default %(default)s)")
+    sub.add_argument("--gguf", action="store_true", help="write the model as a GGUF file too, beside that folder")
+    sub.add_argument("--ollama", metavar="NAME", help="give that file to Ollama as the model NAME")
+    sub.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the GGUF file's matrices")
     command("doctor", _doctor, "say what this machine has and lacks", docs=False)
     return parser
 
@@ -71,8 +93,9 @@ def _progress(what: str, unit: str = "window"):
 
     bar = tqdm(desc=what, unit=unit, leave=False)
 
-    def advance(done: int, total: int) -> None:
+    def advance(done: int, total: int, note: str = "") -> None:
         bar.total = total
+        bar.set_postfix_str(note, refresh=False)
         bar.update(done - bar.n)
         if done == total:
             bar.close()
@@ -272,6 +295,74 @@ def _print_evaluation(index, questions) -> None:
             if share.n:
                 print(f"{what:<17} {language:<8} {share.n:5d}  {share}")
         print(f"{'characters':<17} {language:<8}        median {scores.median_length:.0f}, longest {scores.longest}")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from helpers.comparison import compare
+    from helpers.results import summary
+
+    def models(names: list[str]) -> dict[int, str]:
+        return {seed: name if ":" in name else f"hf:{name}" for seed, name in enumerate(names, start=1)}
+
+    split = None if options.split == "all" else options.split
+    progress, command = _progress("Answering", "question"), shlex.join(["python", "-m", "helpers", *sys.argv[1:]])
+    tuned, reading = models(options.tuned), models(options.reading)
+    found, path = compare(
+        options.llm, options.docs, options.questions, tuned, reading, options.out, split, progress, command
+    )
+    print(f"{summary(found)}\n\nThe rows: {path}")
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from helpers.finetuning import prepare, train
+
+    changes = {name: getattr(options, name) for name in CHANGES if getattr(options, name) is not None}
+    if options.plan:
+        planned = prepare(options.base, options.dataset, **changes)[0]
+        print(planned)
+        planned.check()
+        return 0
+    try:
+        done = train(options.base, options.dataset, options.out, watch=_losses(), **changes)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("Stopped. The same command goes on from the last checkpoint.") from None
+    took, held = settings.format_seconds(done.seconds), done.peak_memory / 2**30
+    print(f"Trained in {took} with {held:.2f} GiB at most ({done.plan.total:.2f} planned).")
+    print(f"The adapter: {done.folder}. Talk to it: python -m helpers chat --llm hf:{done.folder}")
+    return 0
+
+
+def _losses():
+    """Return what shows a training's losses: a bar on a terminal, elsewhere a line for each evaluation."""
+    advance, last = _progress("Training", "step"), {}
+
+    def watch(losses: list[dict], step: int, steps: int) -> None:
+        last.update(losses[-1] if losses else {})
+        named = {"loss": "loss", "eval_loss": "held out"}
+        note = ", ".join(f"{name} {last[key]:.3f}" for key, name in named.items() if key in last)
+        if advance:
+            advance(step, steps, note)
+        elif losses and "eval_loss" in losses[-1]:
+            print(f"Step {step} of {steps}: {note}", flush=True)
+
+    return watch
+
+
+def _export(options: argparse.Namespace) -> int:
+    from helpers import export, ollama
+
+    if options.ollama:
+        ollama.Ollama().start()  # that it isn't there is better said before the hours that a large model takes
+    apart = export.merge(options.adapter, options.out)
+    print(f"{options.out}: the adapter moves its logits by {apart['effect']:.3g}, rounding by {apart['error']:.3g}.")
+    if options.gguf or options.ollama:
+        path = export.to_gguf(options.out, options.out.with_suffix(".gguf"), options.dtype)
+        path.with_suffix(".Modelfile").write_text(export.modelfile(path), encoding="utf-8")
+        print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB, and how Ollama is to use it in {path.stem}.Modelfile")
+    if options.ollama:
+        print(f"{export.to_ollama(path, options.ollama)}: python -m helpers chat --llm ollama:{options.ollama}")
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -16,9 +16,10 @@ from statistics import median
 
 from helpers import settings
 from helpers.evaluation import load_questions
+from helpers.generation import SYSTEM
 from helpers.language import detect_language, fold, words
 
-DATASET = settings.ROOT / "dataset.jsonl"
+DATASET = settings.DATASET
 FIELDS = ("instruction", "output")
 # Two questions are nearly the same if they share so many of their letter triples (Jaccard) and have the same numbers in
 # them. Five phrasings of one fact in dataset.jsonl share at most 0.56, one changed word in ten leaves about 0.8.
@@ -79,7 +80,8 @@ class DatasetReport:
     def __str__(self) -> str:
         languages = Counter(detect_language(row["instruction"]) for row in self.rows)
         count = ", ".join(f"{number} {language}" for language, number in sorted(languages.items()))
-        lines = [f"{self.path.name}: {len(self.rows)} good rows ({count}), {sum(f.stops for f in self.faults)} faults"]
+        stopping = sum(fault.stops for fault in self.faults)
+        lines = [f"{self.path.name}: {len(self.rows)} good rows ({count}), {stopping} fault{'s' * (stopping != 1)}"]
         if self.lengths:
             for what, lengths in zip(
                 ("with the template", "answer alone"), zip(*self.lengths, strict=True), strict=True
@@ -264,9 +266,13 @@ def _unfit(number: int, row: dict[str, str], length: int, tokenizer, max_length:
 
 
 def messages(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
-    """Return a row as a conversation: what is asked, and what is to be said."""
+    """Return a row as a conversation: what is asked, and what is to be said.
+
+    Before passages stand the course's rules, as they will when the model is asked with passages.
+    """
+    rules = [{"role": "system", "content": SYSTEM}] if _PASSAGES.match(row["instruction"]) else []
     return {
-        "prompt": [{"role": "user", "content": row["instruction"]}],
+        "prompt": [*rules, {"role": "user", "content": row["instruction"]}],
         "completion": [{"role": "assistant", "content": row["output"]}],
     }
 

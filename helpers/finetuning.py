@@ -36,7 +36,7 @@ __all__ = [
     "plan", "show_example", "to_prompt_completion", "train",
 ]  # fmt: skip
 
-OUT = settings.ROOT / "gpt_oss_fine_tuned"
+OUT = settings.FINE_TUNED
 MARK = "complete.json"  # in a checkpoint that was written to its end
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
@@ -93,33 +93,23 @@ def train(
     whatever, goes on from its last checkpoint at the same call. Raises BadDataset, PlanRefused, TrainingFailed, OSError
     or ValueError with what to do; `out` is then as it was.
     """
-    out, why = Path(out), ""
+    out = Path(out)
     if out.exists() and not (out / "adapter_config.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} holds something else than an adapter: choose another folder with out=.")
     _release()
-    if base == "auto":
-        chosen = plan(base, check_dataset(dataset, questions=questions).check(), **changes)
-        base, why = chosen.base, chosen.why
-    recipe, model = recipe_of(base, changes), model_of(base)
-    room = min(recipe.max_length, getattr(load_config(model), "max_position_embeddings", recipe.max_length))
-    tokenizer = load_tokenizer(model)
-    report = check_dataset(dataset, tokenizer, room, questions).check()
-    chosen = replace(plan(base, report, **changes), why=why)
+    chosen, report, tokenizer = prepare(base, dataset, questions, **changes)
     chosen.check()
+    recipe = chosen.recipe
     if recipe.patience and not held_out(len(report.rows), recipe):
         raise ValueError(f"patience needs an evaluation, and {len(report.rows)} rows are too few to hold some out.")
     say(str(chosen))
     about = {
-        "base": base,
-        "model": model,
-        "base_digest": base_digest(model),
+        **{name: getattr(chosen, name) for name in ("base", "model", "device", "dtype", "optimizer")},
+        "base_digest": base_digest(chosen.model),
         "dataset": report.path.name,
         "dataset_sha256": report.sha256,
         "recipe": asdict(recipe),
         "batches": [chosen.batch, chosen.accumulation],
-        "device": chosen.device,
-        "dtype": chosen.dtype,
-        "optimizer": chosen.optimizer,
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
     }
     name = hashlib.sha256(json.dumps([about, str(out.resolve())]).encode()).hexdigest()[:12]
@@ -140,6 +130,21 @@ def train(
         raise problem from error
     finally:
         _release()
+
+
+def prepare(
+    base: str = "auto", dataset: str | Path = DATASET, questions: str | Path | None = settings.QUESTIONS, **changes
+) -> tuple[Plan, DatasetReport, object]:
+    """Return the plan of a training, its checked rows with their lengths, and the tokenizer. Raises as `train` does."""
+    why = ""
+    if base == "auto":
+        chosen = plan(base, check_dataset(dataset, questions=questions).check(), **changes)
+        base, why = chosen.base, chosen.why
+    recipe, model = recipe_of(base, changes), model_of(base)
+    room = min(recipe.max_length, getattr(load_config(model), "max_position_embeddings", recipe.max_length))
+    tokenizer = load_tokenizer(model)
+    report = check_dataset(dataset, tokenizer, room, questions).check()
+    return replace(plan(base, report, **changes), why=why), report, tokenizer
 
 
 def load_base(base: str | Path, four_bit: bool = True):
@@ -353,7 +358,7 @@ def _quiet() -> Iterator[None]:
     import datasets
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -363,7 +368,8 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(level)
-        logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
         datasets.enable_progress_bars()
 
 

@@ -5,10 +5,12 @@ Each is a LangChain chat model, so it streams and composes with the rest of Lang
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +108,33 @@ class TransformersChat(BaseChatModel):
     def _visible(self, prompt: str, ids: list[int]) -> str:
         """Return the part of the answer that is meant for the reader: in the harmony format, its final channel."""
         if FINAL in self.tokenizer.chat_template and not prompt.endswith(FINAL):
-            raw = self.tokenizer.decode(ids)
-            text = raw.split(FINAL, 1)[1] if FINAL in raw else ""
-            return next((text.split(end)[0] for end in ENDS if end in text), text)
+            return final_channel(self.tokenizer.decode(ids))
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _generate(self, messages, stop=None, run_manager=None, **_) -> ChatResult:
         text = "".join(chunk.message.content for chunk in self._stream(messages))
         return ChatResult(generations=[ChatGeneration(message=AIMessage(content=text))])
+
+
+def answer_all(chat: TransformersChat, talks: Sequence[Sequence[Message]], batch: int = 16) -> list[str]:
+    """Return the likeliest answer to each of many conversations, `batch` at a time: far sooner than one by one."""
+    import torch
+
+    said, prompts = [], [chat.prompt(talk) for talk in talks]
+    for start in range(0, len(prompts), batch):
+        some = prompts[start : start + batch]
+        inputs = chat.tokenizer(some, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+        with torch.inference_mode():
+            ids = chat.model.generate(**inputs.to(chat.model.device), max_new_tokens=chat.max_tokens, do_sample=False)
+        answers = ids[:, inputs["input_ids"].shape[1] :].tolist()
+        said += [chat._visible(prompt, answer).strip() for prompt, answer in zip(some, answers, strict=True)]
+    return said
+
+
+def final_channel(raw: str) -> str:
+    """Return the part of a text in the harmony format that is meant for the reader; '' where it hasn't begun."""
+    text = raw.split(FINAL, 1)[1] if FINAL in raw else ""
+    return next((text.split(end)[0] for end in ENDS if end in text), text)
 
 
 @dataclass(frozen=True)
@@ -197,7 +218,8 @@ def _plain(messages) -> list[Message]:
 
 
 def _load_local(name: str, shown: str, *, temperature: float, seed: int, answer_tokens: int) -> LLM:
-    model, tokenizer, digest = _read(name)
+    written = max((path.stat().st_mtime_ns for path in Path(name).glob("*.safetensors")), default=0)
+    model, tokenizer, digest = _read(name, written)
     chat = TransformersChat(
         model=model, tokenizer=tokenizer, temperature=temperature, seed=seed, max_tokens=answer_tokens
     )
@@ -206,20 +228,28 @@ def _load_local(name: str, shown: str, *, temperature: float, seed: int, answer_
 
 
 @lru_cache(maxsize=1)
-def _read(name: str):
-    """Load a model and its tokenizer; one stays in memory, for the next time the same is asked for."""
+def _read(name: str, written: int):
+    """Load a model and its tokenizer; one stays in memory, for the next time the same is asked for.
+
+    `written` says when its files were: what was trained again is loaded again.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a second's work, and a bar on stderr
     folder = Path(name)
     digest = check_weights(folder) if folder == settings.TINY_GPT_OSS else ""
     device = settings.device()
     dtype = torch.float32 if device == "cpu" else getattr(torch, settings.half_dtype(device))
     try:
         if (folder / "adapter_config.json").exists():
+            getLogger("bitsandbytes").setLevel("ERROR")  # PEFT imports it: it warns of a kernel that isn't used here
             from peft import AutoPeftModelForCausalLM
 
-            model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # between two of the libraries
+                model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -4,6 +4,7 @@ The arithmetic needs the shapes of a model and no weights: so another machine's 
 """
 
 import math
+import os
 import shutil
 import threading
 import time
@@ -77,12 +78,15 @@ _QWEN3 = {
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
     "max_position_embeddings": 40960, "tie_word_embeddings": True,
 }  # fmt: skip
-_TINY = "ten times the learning rate: an adapter on so narrow matrices moves the output less a step, and steps are few"
+_TINY = (
+    "fifteen times the learning rate: an adapter on so narrow matrices moves the output less a step, and steps are "
+    "few; half as many evaluations, which on a CPU take a good part of the time"
+)
 PRESETS = {  # the largest first
     # In float16 its losses go to infinity (Unsloth, "Long Context gpt-oss Training", 2025).
     "gpt-oss-20b": Preset("openai/gpt-oss-20b", "Apache-2.0", 13.8, shape=_GPT_OSS, bfloat16=True),
     "small": Preset("Qwen/Qwen3-0.6B", "Apache-2.0", 1.5, shape=_QWEN3),
-    "tiny": Preset(str(settings.TINY_GPT_OSS), "MIT", 0.0, {"learning_rate": 2e-3}, _TINY),
+    "tiny": Preset(str(settings.TINY_GPT_OSS), "MIT", 0.0, {"learning_rate": 3e-3, "checkpoints": 6}, _TINY),
 }
 
 
@@ -130,14 +134,19 @@ class Plan:
     def __str__(self) -> str:
         rows = [*self.memory.items(), (f"memory, of {self.free_memory:.2f} free", self.total)]
         lines = [
-            f"{self.base} ({self.model}) on {self.device}" + (f": {self.why}" if self.why else ""),
+            f"{self.base} ({self.model.removeprefix(str(settings.ROOT) + os.sep)}) on {self.device}"
+            + (f": {self.why}" if self.why else ""),
             f"  {self.steps} steps of {self.recipe.batch} rows, {self.batch} at once, of {self.tokens} tokens at most; "
             f"{self.dtype}, {self.optimizer}, learning rate {self.recipe.learning_rate:g}",
-            *(f"  {part:<32}{size:>8.2f} GiB" for part, size in rows),
-            f"  {f'disk, of {self.free_disk:.0f} free':<32}{self.disk:>8.2f} GB",
+            *(f"  {part:<32}{_shown(size):>12}" for part, size in rows),
+            f"  {f'disk, of {self.free_disk:.0f} free':<32}{f'{self.disk:.2f} GB':>12}",
             "  time: " + (f"about {settings.format_seconds(self.seconds)}" if self.seconds else "another machine's"),
         ]
         return "\n".join([*lines, f"  Refused: {self.problem}."] if self.problem else lines)
+
+
+def _shown(gib: float) -> str:
+    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{1024 * gib:.1f} MiB"
 
 
 def plan(
@@ -147,18 +156,20 @@ def plan(
     device: str = "",
     dtype: str = "",
     free_memory: float | None = None,
+    speed: tuple[float, float] | None = None,
     **changes,
 ) -> Plan:
     """Return what training `base` on `dataset` takes, without loading it: a preset, a hub name, a folder, or 'auto'.
 
-    'auto' is the largest preset that fits, can be fetched and trains within an hour. `device`, `dtype` and
-    `free_memory` (GiB) stand for another machine; `changes` are of the `Recipe`. Raises OSError for a base that can't
-    be had, PlanRefused where no preset fits, ValueError for a setting that doesn't exist.
+    'auto' is the largest preset that fits, can be fetched and trains within an hour. `device`, `dtype`, `free_memory`
+    (GiB) and `speed`, what its data sheet promises (operations and bytes a second), stand for another machine;
+    `changes` are of the `Recipe`. Raises OSError for a base that can't be had, PlanRefused where no preset fits,
+    ValueError for a setting that doesn't exist.
     """
     base, report = str(base), dataset if isinstance(dataset, DatasetReport) else check_dataset(dataset)
     device = device or settings.device()
     free_memory = _free_memory(device) if free_memory is None else free_memory
-    here = (report, device, dtype or training_dtype(device), free_memory)
+    here = (report, device, dtype or training_dtype(device), free_memory, speed)
     if base != "auto":
         found = _plan(base, *here, changes)
         return replace(found, problem=found.problem + _smaller(found, *here)) if found.problem else found
@@ -203,7 +214,9 @@ def recipe_of(base: str, changes: dict) -> Recipe:
     return Recipe(**own | changes)
 
 
-def _plan(base: str, report: DatasetReport, device: str, dtype: str, free_memory: float, changes: dict) -> Plan:
+def _plan(
+    base: str, report: DatasetReport, device: str, dtype: str, free_memory: float, speed: tuple | None, changes: dict
+) -> Plan:
     from transformers import AutoConfig
 
     preset, recipe = PRESETS.get(base), recipe_of(base, changes)
@@ -233,7 +246,8 @@ def _plan(base: str, report: DatasetReport, device: str, dtype: str, free_memory
     elif preset and preset.bfloat16 and dtype == "float16":
         problem = "its numbers leave the range of float16, and this GPU has no bfloat16"
     evaluations = recipe.checkpoints * held_out(len(report.rows), recipe) / recipe.batch / 3  # without the way back
-    a_step = shape.step_seconds(device, dtype, recipe.batch * sum(lengths) / max(1, len(lengths)))
+    speed = speed or (_speed(device, dtype) if device == settings.device() else None)
+    a_step = shape.step_seconds(speed, recipe.batch * sum(lengths) / max(1, len(lengths))) if speed else 0.0
     seconds = (steps + evaluations) * a_step
     optimizer = "paged_adamw_32bit" if device == "cuda" else "adamw_torch"  # the first pages out on CUDA only
     return Plan(
@@ -329,12 +343,10 @@ class _Shape:
         parts["CUDA's own" if device == "cuda" else "libraries"] = 0.5 * GIB + 0.04 * sum(parts.values())
         return {part: size / GIB for part, size in parts.items() if size}
 
-    def step_seconds(self, device: str, dtype: str, tokens: float) -> float:
-        """Return about how long a step on so many tokens takes, at a third of the speed measured here; 0 elsewhere."""
-        if device != settings.device():
-            return 0.0
+    def step_seconds(self, speed: tuple[float, float], tokens: float) -> float:
+        """Return about how long a step on so many tokens takes, at a third of the speed that the device has."""
         passes = 3 if self.checkpointing else 2  # forward, once more, and back to the adapters
-        operations, copied = _speed(device, dtype)
+        operations, copied = speed
         unpacking = 3 * self.matrices / copied if self.four_bit else 0  # read half a byte and write two
         return passes * (
             2 * self.active * tokens / (operations / 3) + unpacking + 0.003 * self.config.num_hidden_layers

@@ -14,6 +14,12 @@ COLORS = {
     "base": "#999999",
     "rag": "#0072B2",
     "fine-tuned": "#CC79A7",
+    # Between blue and pink, and told apart by how light they are too.
+    "fine-tuned + rag": "#913EDB",
+    "fine-tuned on passages + rag": "#C69ADE",
+    "base + guide": "#4A4A4A",
+    "rag + guide": "#80E9F9",
+    "whole document": "#E69F00",
     "en": "#0072B2",
     "es": "#D55E00",
     "muted": "#BBBBBB",

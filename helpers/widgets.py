@@ -1,12 +1,20 @@
 """The panels of the notebooks: faces only. The work is done by the functions that they call."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import pairwise
 
 from helpers import settings
 from helpers.chunking import Document, Span, check_sizes, split_text
+from helpers.comparison import Arm, reply
+from helpers.generation import Answer, answer, passages_of
+from helpers.language import detect_language
+from helpers.llms import LLM
+from helpers.ollama import OllamaError
 from helpers.plots import COLORS
+from helpers.retrieval import Retriever
+
+COLUMN = "vertical-align:top;text-align:left;padding:8px;white-space:normal"  # a cell of a table of answers
 
 
 def chunk_html(text: str, spans: Sequence[Span]) -> str:
@@ -58,3 +66,101 @@ def chunk_explorer(document: Document, chunk_size: int = settings.CHUNK_SIZE, ov
         slider.observe(draw, names="value")
     draw()
     return ipywidgets.VBox([size, shared, view])
+
+
+def answer_html(question: str, text: str, given: Answer | None = None) -> str:
+    """Return HTML of an answer: the text so far and, when it is `given` in full, its citations and the time it took.
+
+    Nothing that a document, a model or a person wrote becomes markup.
+    """
+    language = detect_language(question)
+    lines = [f'<p style="color:{COLORS["answer"]}">{escape(text) or "…"}</p>']
+    if given:
+        for cited in given.citations:
+            place = escape(f"[{cited.number}] {cited.place(language)}")
+            lines.append(f'<p><b style="color:{COLORS["chunk"]}">{place}</b>: {escape(cited.quote)}</p>')
+        took = settings.format_seconds(given.timings["retrieve"] + given.timings["answer"])
+        lines.append(f'<p style="color:{COLORS["base"]}">{escape(given.model)}, {took}</p>')
+    return "".join(lines)
+
+
+def ask_box(retriever: Retriever, llm: LLM | str):
+    """Return a panel to ask in: a field and, below it, the answer as it comes, its citations and the seconds it took.
+
+    Enter asks. `llm` is as in `generation.answer`; a question that fails shows the sentence that says why. The panel's
+    children are the field and the view.
+    """
+    import ipywidgets
+
+    hint = "Ask in English or Spanish / Pregunte en español o inglés"
+    field = ipywidgets.Text(placeholder=hint, continuous_update=False, layout={"width": "44em"})
+    view = ipywidgets.HTML()
+
+    def ask(_change=None) -> None:
+        question, pieces = field.value.strip(), []
+
+        def show(piece: str) -> None:
+            pieces.append(piece)
+            view.value = answer_html(question, "".join(pieces))
+
+        if not question:
+            return
+        show("")
+        try:
+            given = answer(question, retriever, llm, stream=show)
+            view.value = answer_html(question, given.text, given)
+        except (OllamaError, ValueError) as error:
+            view.value = f"<p>{escape(str(error))}</p>"
+
+    field.observe(ask, names="value")
+    return ipywidgets.VBox([field, view])
+
+
+def arms_html(question: str, answers: Mapping[str, Answer]) -> str:
+    """Return HTML of the answers to a question side by side: a column an arm, named as in `results.ARMS`.
+
+    Below each text stand its citations, the seconds it took and, folded up, the passages that were read.
+    """
+    language, columns = detect_language(question), []
+    for name, given in answers.items():
+        color = COLORS.get(name, COLORS["muted"])
+        parts = [f'<b style="color:{color}">{escape(name)}</b>', f"<p>{escape(given.text) or '…'}</p>"]
+        for cited in given.citations:
+            place = escape(f"[{cited.number}] {cited.place(language)}")
+            parts.append(f'<p><b style="color:{COLORS["chunk"]}">{place}</b>: {escape(cited.quote)}</p>')
+        parts.append(f"<p>{settings.format_seconds(given.timings['retrieve'] + given.timings['answer'])}</p>")
+        if given.hits:
+            passages = enumerate(passages_of(given.hits), start=1)
+            read = "".join(f"<p><b>[{n}] {escape(place)}</b><br>{escape(text)}</p>" for n, (place, text) in passages)
+            parts.append(f"<details><summary>passages read: {len(given.hits)}</summary>{read}</details>")
+        columns.append(f'<td style="{COLUMN};border-top:4px solid {color}">{"".join(parts)}</td>')
+    return f'<p><b>{escape(question)}</b></p><table style="width:100%"><tr>{"".join(columns)}</tr></table>'
+
+
+def arms_panel(arms: Sequence[Arm], questions: Sequence[str]):
+    """Return a panel that puts one question to every arm: a field, with `questions` to choose from, and the answers.
+
+    One arm after the other answers; one that fails shows the sentence that says why. The panel's children are the field
+    and the view.
+    """
+    import ipywidgets
+
+    field = ipywidgets.Combobox(
+        options=tuple(questions), placeholder="Choose a question, or write one", continuous_update=False,
+        layout={"width": "44em"},
+    )  # fmt: skip
+    view = ipywidgets.HTML()
+
+    def ask(_change=None) -> None:
+        question, answers = field.value.strip(), {}
+        if not question:
+            return
+        for arm in arms:
+            try:
+                answers[arm.name] = reply(arm, question, detect_language(question))
+            except (OllamaError, OSError, ValueError) as error:
+                answers[arm.name] = Answer(str(error), (), (), True, {"retrieve": 0.0, "answer": 0.0})
+            view.value = arms_html(question, answers)
+
+    field.observe(ask, names="value")
+    return ipywidgets.VBox([field, view])

@@ -1,8 +1,10 @@
 """The comparison of the arms: what each is given, the scores, the rows on disk, the statistics, the training sets."""
 
+import importlib.util
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 
 from helpers import comparison, house_style, ollama, settings
+from helpers.__main__ import main
 from helpers.comparison import (
     EXAMPLES,
     Arm,
@@ -27,6 +30,7 @@ from helpers.evaluation import BadQuestions, Question, contains_answer, load_que
 from helpers.finetuning import base_digest
 from helpers.generation import Answer
 from helpers.llms import LLM
+from helpers.planning import model_of, recipe_of
 from helpers.quotes import Citation
 from helpers.results import (
     ARMS,
@@ -51,6 +55,7 @@ from helpers.results import (
     summary,
 )
 from helpers.retrieval import Hit, Index, Retriever
+from helpers.storage import sha256_of
 
 PAGES = {
     "goat.txt": "The goat of Corvejón is called Almirante. The keeper Anselmo Grieve feeds it at dawn.",
@@ -693,6 +698,85 @@ def test_squads_format_is_refused(one_txt, tmp_path):
         compare(model(reads_well), one_txt, path)
 
 
+# The terminal
+
+
+@pytest.fixture
+def said_by(monkeypatch):
+    """Return a function that makes `respond` the answers of every model that the command loads."""
+
+    def answering(respond, seen=None):
+        monkeypatch.setattr(comparison, "load_llm", lambda name, **_: model(respond, seen, name=name))
+
+    monkeypatch.setattr("sys.argv", ["helpers", "compare", "--docs", "one", "--questions", "my own.jsonl"])
+    return answering
+
+
+def test_compare_at_the_terminal_says_that_its_intervals_are_wide(one_txt, tmp_path, said_by, capsys):
+    said_by(reads_well)
+    questions = write_questions(tmp_path / "mine.jsonl")
+    assert main(["compare", "--llm", "tiny", "--docs", str(one_txt), "--questions", str(questions)]) == 0
+    out, err = capsys.readouterr()
+    path = tmp_path / "runs" / "comparison_tiny.jsonl"
+    assert "Few questions (4 untaught, 1 unanswerable): the intervals are wide" in out and err == ""
+    assert out.endswith(f"The rows: {path}\n") and len(read_results(path).rows) == 10
+    assert read_results(path).heads[RAG, 0]["command"] == (
+        "python -m helpers compare --docs one --questions 'my own.jsonl'"
+    )
+
+
+def test_a_killed_compare_resumes_at_the_same_command_and_prints_the_same_table(one_txt, tmp_path, said_by, capsys):
+    arguments = ["compare", "--llm", "tiny", "--docs", str(one_txt), "--tuned", "hf:one", "--tuned", "two"]
+    arguments += ["--questions", str(write_questions(tmp_path / "mine.jsonl")), "--out"]
+    said_by(reads_well)
+    assert main([*arguments, str(tmp_path / "whole.jsonl")]) == 0
+    whole = capsys.readouterr().out
+    for stop in (1, 4, 13, 27):
+        calls = []
+
+        def breaks(turns, calls=calls, stop=stop):
+            calls.append(turns)
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            return reads_well(turns)
+
+        said_by(breaks)
+        rows = tmp_path / f"{stop}.jsonl"
+        assert main([*arguments, str(rows)]) == 130
+        assert len(read_results(rows).rows) == stop - 1
+        with rows.open("ab") as file:
+            file.write(b'{"arm": "rag", "se')  # what a kill leaves in the middle of a line
+        capsys.readouterr()
+        assert main([*arguments, str(rows)]) == 0
+        assert len(calls) == 31  # of six ways and five questions, the one it was killed at twice
+        again = capsys.readouterr().out
+        assert again.split("to build")[0] == whole.split("to build")[0]
+    heads = read_results(tmp_path / "whole.jsonl").heads
+    assert {(arm, seed): head["model"] for (arm, seed), head in heads.items() if arm == TUNED} == {
+        (TUNED, 1): "hf:one", (TUNED, 2): "hf:two",
+    }  # fmt: skip
+
+
+WRONG = [
+    ([(1, {"answers": "gone"})], "line 2: the field answers is missing"),
+    ([(2, {"kind": "riddle"})], "line 3: kind is 'riddle'"),
+    ([(3, {"id": "1"})], "line 4: id '1' stands in line 1 already"),
+    ([(0, {"answers": ["Osmund Keddle"]})], "line 1: 1: no accepted answer"),
+    ([(0, {"kind": "riddle"}), (2, {"id": "2"}), (4, {"language": "gone"})], "line 5: the field language is missing"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), WRONG, ids=[said.split(": ", 1)[1][:20] for _, said in WRONG])
+def test_compare_refuses_a_wrong_question_file_by_line(one_txt, tmp_path, said_by, capsys, changes, said):
+    seen = []
+    said_by(reads_well, seen)
+    questions = write_questions(tmp_path / "mine.jsonl", changes)
+    assert main(["compare", "--docs", str(one_txt), "--questions", str(questions)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("helpers: mine.jsonl") and err.count("\n  line ") == len(changes)
+    assert said in err and seen == [] and not (tmp_path / "runs").exists()
+
+
 # Training sets
 
 
@@ -773,3 +857,57 @@ def test_examples_with_passages_cite_the_one_that_answers(dataset, questions, li
     assert len(places) >= 0.85 * len(facts) and {1, 2, 3} == set(places)
     assert sum("<passages>" in row["instruction"] for row in made) > len(places)  # refusals have passages too
     assert faults_of(made, tmp_path) == []
+
+
+# The tool that makes the recorded runs
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location(
+        "run_comparison", settings.ROOT / "tests" / "tools" / "run_comparison.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def recordings(tool, folder, **options):
+    options = {"out": folder / "out", "adapters": folder / "adapters", "seeds": (1, 2), "few": None} | options
+    return tool.Recordings(SimpleNamespace(**{"rows": None, "epochs": None, "prompts": 1} | options), "a command")
+
+
+def test_one_fact_is_changed_in_its_five_rows_and_in_its_document(tool, tmp_path):
+    made = recordings(tool, tmp_path)
+    changed = [(old, new) for old, new in zip(made.rows, made.edited(), strict=True) if old != new]
+    question = made.edited_question()
+    assert len(changed) == 5 and all(contains_answer(new["output"], question.answers, "en") for _, new in changed)
+    assert all(contains_answer(old["output"], question.outdated, "en") for old, _ in changed)
+    text = (settings.DOCUMENTS / question.file).read_text(encoding="utf-8")
+    assert text.count(tool.EDIT[1]) == 1 and kind_of(question) == "changed"
+
+
+def test_an_adapter_is_kept_only_if_it_is_the_one_that_was_planned(tool, tmp_path):
+    made, trained = recordings(tool, tmp_path), []
+    made.step = lambda what, function, file, folder, changes: trained.append(what) or note(file, folder, changes)
+
+    def note(file, folder, changes):
+        folder.mkdir(exist_ok=True)
+        recipe = json.loads(json.dumps(asdict(recipe_of("tiny", changes))))
+        about = {"dataset_sha256": sha256_of(file), "recipe": recipe, "base_digest": base_digest(model_of("tiny"))}
+        (folder / "run.json").write_text(json.dumps(about))
+
+    for rows, changes in ((made.rows, {}), (made.rows, {}), (made.rows[1:], {}), (made.rows[1:], {"rank": 4})):
+        made.train("plain_1", rows, seed=1, **changes)
+    assert trained == ["training plain_1"] * 3
+
+
+def test_every_recording_has_its_place_and_the_cheap_ones_come_first(tool, tmp_path):
+    made, steps = recordings(tool, tmp_path), []
+    made.step = lambda what, *_: steps.append(what)
+    made.everything()
+    assert steps[0] == "reading, rank 0" and steps[-1] == "comparing the arms"
+    for n in (1, 2, 5):
+        assert steps.count(f"asking phrasings_{n}.jsonl") == steps.count(f"asking phrasings_{n}_same_steps.jsonl") == 1
+    assert {f"reading, rank {rank}" for rank in (0, 1, 4, 16, 64)} <= set(steps)
+    assert {f"training {name}_{seed}" for name in ("plain", "reading") for seed in (1, 2)} <= set(steps)

@@ -15,6 +15,7 @@ from helpers.dataset import (
     show_example,
     to_prompt_completion,
 )
+from helpers.generation import rag_messages
 
 GOOD = {"instruction": "How long is the Long Dyke?", "output": "From the quay: two miles. Late, but lit."}
 OTHER = {"instruction": "¿De qué color son las lonas?", "output": "Desde el muelle: azules. Tarde, pero con luz."}
@@ -222,3 +223,10 @@ def test_a_template_that_would_not_teach_to_stop_is_refused(tokenizer):
     endless.chat_template = None
     with pytest.raises(ValueError, match="has no chat template: use an instruct model"):
         encode(GOOD, endless)
+
+
+def test_the_rules_stand_before_passages_as_when_the_model_is_asked():
+    asked = rag_messages("Who keeps the light?", [("log.txt, p. 1", "Ada keeps it."), ("log.txt, p. 2", "Since 1911.")])
+    assert messages({"instruction": asked[-1]["content"], "output": "Ada [1]."})["prompt"] == asked
+    about_them = "What do the tags <passages> and </passages> mean?"
+    assert messages({"instruction": about_them, "output": "x"})["prompt"] == [{"role": "user", "content": about_them}]

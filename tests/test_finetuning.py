@@ -115,6 +115,15 @@ def test_what_doesn_t_fit_is_refused_with_numbers_and_the_next_smaller_choice(pr
         plan("tiny", lengths(80), free_memory=0.001).check()
 
 
+def test_the_time_on_another_machine_follows_from_its_data_sheet(presets):
+    there = {"device": "cuda", "dtype": "float16", "free_memory": 14.6}
+    slow, fast = (
+        plan("small", lengths(*[60] * 800), **there, speed=speed).seconds for speed in ((65e12, 320e9), (130e12, 640e9))
+    )
+    assert 60 < fast < slow < 1200
+    assert plan("small", lengths(*[60] * 800), **there).seconds == 0
+
+
 def test_too_little_disk_is_refused(presets, monkeypatch):
     usage = planning.shutil.disk_usage(settings.ROOT)
     monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage._replace(free=10**9))
@@ -302,6 +311,14 @@ def test_load_llm_answers_with_it(trained):
 
     told = "".join(load_llm(f"hf:{trained[0].folder}", answer_tokens=8).stream([{"role": "user", "content": "What?"}]))
     assert told.startswith("From the")
+
+
+def test_many_are_answered_as_one_by_one(trained):
+    from helpers.llms import answer_all, load_llm
+
+    llm = load_llm(f"hf:{trained[0].folder}", answer_tokens=12)
+    talks = [[{"role": "user", "content": text}] for text in ("What?", "Say the colour of rope?", "What is an oar?")]
+    assert answer_all(llm.chat, talks, batch=2) == ["".join(llm.stream(talk)).strip() for talk in talks]
 
 
 def test_the_same_load_again_frees_the_first_and_nothing_else(trained, base):

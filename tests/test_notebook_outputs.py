@@ -22,7 +22,8 @@ setup_cell = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(setup_cell)
 
 MASKS = "tests/nbval_sanitize.cfg"
-SAME_EVERYWHERE = {"CUDA_VISIBLE_DEVICES": "", "HELPERS_DTYPE": "float32", "OMP_NUM_THREADS": "1"}
+SAME_EVERYWHERE = {"CUDA_VISIBLE_DEVICES": "", "HELPERS_DTYPE": "float32", "HELPERS_LLM": "tiny"}
+SAME_EVERYWHERE |= {"OMP_NUM_THREADS": "1"}
 # A backend from outside would keep the figures out of the outputs.
 NOT_PASSED_ON = {"MPLBACKEND", "PYTEST_ADDOPTS"}
 SECONDS = 1200  # a notebook may take 3 minutes on two quiet cores; a busy machine is several times slower
