@@ -1,5 +1,6 @@
 """The recipe of the embedded model: its curriculum, its tokenizer, its batches and a training that is interrupted."""
 
+import json
 import random
 import re
 
@@ -13,6 +14,7 @@ from helpers.evaluation import load_questions
 from helpers.generation import rag_messages
 from helpers.tiny_gpt_oss import packing, tokenizer, train, worlds
 from helpers.tiny_gpt_oss.curriculum import REFUSAL, UNKNOWN, Shape, make_closed_book, make_example
+from helpers.tiny_gpt_oss.initialization import initialize
 from helpers.tiny_gpt_oss.train import Bucket, Packer, Stage, Training, model_config
 from helpers.tiny_gpt_oss.worlds import FOLDER, LANGUAGES, fill, reserved, words
 
@@ -187,11 +189,42 @@ def test_branches_see_what_a_prompt_of_their_own_would_show(prefix):
     expected = {name: weight.grad.clone() for name, weight in model.model.named_parameters()}
     model.zero_grad()
     packing.use(model)
-    hidden = packing.forward(model.model, ids, padding, layout)[:, prefix:].reshape(6, 10, -1)
+    nowhere = torch.full((2, 30), -1)
+    hidden, surprise = packing.forward(model.model, ids, padding, layout, nowhere)
+    hidden = hidden[:, prefix:].reshape(6, 10, -1)
+    assert surprise == 0
     assert torch.allclose(hidden, torch.stack(alone), atol=1e-4)
     hidden.square().sum().backward()
     for name, weight in model.model.named_parameters():
         assert torch.allclose(weight.grad, expected[name], rtol=1e-3, atol=1e-3), name
+
+
+def test_pointing_is_how_likely_the_last_layers_second_pair_looks_there():
+    model = small()
+    layout = packing.Layout(20, 6, 2, 128)
+    ids = torch.randint(7, 4096, (1, layout.tokens))
+    pointed = torch.full((1, 12), -1)
+    pointed[0, 8] = 5  # the third token of the second branch is to look at the sixth of the prefix
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        own = torch.cat([ids[:, :20], ids[:, 26:]], 1)
+        looked = model.model(own, output_attentions=True).attentions[-1][0, 2:, 22, 5]
+        packing.use(model)
+        found = packing.forward(model.model, ids, torch.zeros(1, 20, dtype=torch.bool), layout, pointed)[1]
+    assert torch.allclose(found, -looked.log().mean(), atol=1e-4)
+
+
+def test_answers_point_to_what_they_copy(reader):
+    """Where the answer's first tokens and its citation come from, nearly always as the same tokens."""
+    packer, bucket = Packer(reader, 128), Bucket(Shape((1, 3), (80, 300), 6), 12, 400, 48)
+    batch = packer.pack(packer.rows(random.Random(5), bucket), bucket)
+    prefix, same, total = batch.layout.prefix, 0, 0
+    for row, token in (batch.pointed >= 0).nonzero().tolist():
+        total += 1
+        same += int(batch.ids[row, batch.pointed[row, token]] == batch.ids[row, prefix + token + 1])
+    assert total > 100 and same > 0.9 * total
+    asked = [turn for _, example in packer.rows(random.Random(5), bucket) for turn in example.turns]
+    assert any(turn.number > 1 for turn in asked) and any(turn.kind == "unanswerable" for turn in asked)
 
 
 def test_dense_experts_give_what_routed_ones_give():
@@ -221,24 +254,47 @@ def test_a_batch_says_what_the_template_says(reader):
             assert reader.decode(batch.ids[row, first + learnt]) == f"{turn.answer}<|return|>"
 
 
-def test_heads_start_by_copying():
+def test_heads_start_by_copying(reader):
     torch.manual_seed(0)
     model = GptOssForCausalLM(model_config(4096, 0, 5))
-    train.initialize(model)
+    initialize(model, reader)
     model.set_attn_implementation("eager")
     model.eval()
     ids = torch.randint(300, 4096, (1, 30)).repeat(1, 2)
     with torch.no_grad():
         found = model(ids, output_attentions=True).attentions
     last = torch.arange(31, 60)
-    assert found[0][0, 0, last, last - 1].mean() > 0.9  # looks one token back
-    assert found[1][0, 0, last, last - 29].mean() > 0.6  # finds what followed the same token before
+    assert found[0][0, 0, last, last - 1].mean() > 0.8  # looks one token back
+    assert found[1][0, 0, last, last - 29].mean() > 0.5  # finds what followed the same token before
+
+
+def test_heads_start_by_looking_for_what_the_question_is_about(reader):
+    """The last layer's second pair looks at the right fact more than by chance, and another question moves it."""
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(model_config(4096, 0, 5)).eval()
+    initialize(model, reader)
+    model.set_attn_implementation("eager")
+    packer, bucket = Packer(reader, 128), Bucket(Shape((1, 1), (180, 320), 4, (60, 90)), 20, 160, rules=False)
+    near, chance = [], []
+    for prefix, example in packer.rows(random.Random(7), bucket):
+        text = reader(prefix)
+        for turn in example.turns:
+            if turn.kind == "value":
+                begun = turn.answer[: turn.answer.index(turn.value)].rstrip()
+                ids = reader(prefix + turn.question + packer.asked + begun, return_tensors="pt").input_ids
+                place = prefix.index(example.passages[0].text) + turn.place
+                first = text.char_to_token(place) or text.char_to_token(place + 1)
+                with torch.no_grad():
+                    looked = model.model(ids, output_attentions=True).attentions[-1][0, 2, -1, : len(text.input_ids)]
+                near.append((looked[max(0, first - 8) : first + 6].sum() / looked.sum()).item())
+                chance.append(14 / len(text.input_ids))
+    assert len(near) > 40 and sum(near) > 2 * sum(chance)
 
 
 def test_an_interrupted_training_goes_on_with_the_same_next_batch(tmp_path, monkeypatch, reader):
     monkeypatch.setattr(train, "CHECKPOINT", 2)
     monkeypatch.setattr(train, "BUCKETS", {"few": Bucket(Shape((1, 1), (60, 120), 2), 2, 144)})
-    stages = (Stage(4, (("few", 1.0),)),)
+    stages = (Stage(4, 1e-3, (("few", 1.0),)),)
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
         reader.save_pretrained(tmp_path / name)
@@ -259,6 +315,8 @@ def test_an_interrupted_training_goes_on_with_the_same_next_batch(tmp_path, monk
     resumed = Training(tmp_path / "stopped", stages, "cpu", compiled=False)
     assert resumed.step == 2 and torch.equal(resumed.batch(2).ids, seen[2].ids)
     resumed.run()
+    steps = [json.loads(line)["step"] for line in resumed.log.read_text().splitlines()]
+    assert steps == sorted(steps)
     for (name, weight), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.allclose(weight, other, atol=1e-6), name
     whole.export(tmp_path / "model")

@@ -26,8 +26,6 @@ ANSWER = {"en": "The answer is {v} [{n}].", "es": "La respuesta es {v} [{n}]."}
 REFUSAL = {"en": "The passages don't say.", "es": "Los pasajes no lo dicen."}
 UNKNOWN = {"en": "I don't know.", "es": "No lo sé."}
 
-CONTINUE = {"en": "Continue: {start}", "es": "Continúa: {start}"}
-
 UNANSWERABLE = 0.2  # share of questions that the passages don't answer
 DISAGREEING = 0.25  # share of examples of several passages in which two disagree
 PLANTED = 0.12  # share of examples with an instruction in a passage
@@ -44,9 +42,10 @@ class Passage:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its right answer; `kind` is 'value', 'newer', 'unanswerable', 'none' (no passages) or 'continue'.
+    """A question and its right answer; `kind` is 'value', 'newer', 'unanswerable' or 'none' (no passages).
 
-    `value` is the answer's heart and `number` the passage that holds it, both empty (0) where there is none.
+    `value` is the answer's heart, `number` the passage that holds it and `place` where in its text it begins, all empty
+    (0) where there is none.
     """
 
     question: str
@@ -54,6 +53,7 @@ class Turn:
     kind: str
     value: str = ""
     number: int = 0
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,13 @@ class Example:
 class Shape:
     """How an example looks: how many passages, how long each is in characters (both inclusive), how many questions.
 
-    `continuing` is the share of turns that give the beginning of a stretch of a passage and want the rest: copying,
-    without anything to understand. Learnt first, it makes the rest quick to learn.
+    No fact is asked for a second time before each was once: what counts in training is how many different ones are.
     """
 
     passages: tuple[int, int]
     characters: tuple[int, int]
     questions: int
-    continuing: float = 0.0
+    per_fact: tuple[int, int] = (70, 220)
 
 
 @dataclass
@@ -88,7 +87,7 @@ class _Draft:
     year: int = 0
     planted: str = ""
     text: str = ""
-    spans: list[tuple[Fact, int, int, str]] = field(default_factory=list)
+    spans: list[tuple[Fact, int, int, int, str]] = field(default_factory=list)
 
     def add(self, text: str, separator: str = " ") -> tuple[int, int]:
         if self.text:
@@ -102,7 +101,7 @@ def fingerprint(examples: int = 200) -> str:
     """Return the sha256 of the first examples: it changes with whatever changes what the curriculum says."""
     digest = hashlib.sha256()
     for number in range(examples):
-        shape = Shape((1, 1 + number % 5), (60, 60 + number * 5), 4, 0.1)
+        shape = Shape((1, 1 + number % 5), (60, 60 + number * 5), 4)
         digest.update(repr(make_example(random.Random(number), ("en", "es")[number % 2], shape)).encode())
     return digest.hexdigest()
 
@@ -128,12 +127,13 @@ def _try_example(rng, language, shape) -> Example | None:
         return None
     rng.shuffle(drafts)
     passages = tuple(Passage(_place(rng, language, draft.year), draft.text) for draft in drafts)
-    turns = tuple(
-        _continue(rng, language, drafts)
-        if rng.random() < shape.continuing
-        else _ask(rng, language, drafts, disagreement)
-        for _ in range(shape.questions)
-    )
+    stated = [
+        (fact, literal, number, place)
+        for number, draft in enumerate(drafts, 1)
+        for fact, _, _, place, literal in draft.spans
+    ]
+    unasked: list[tuple[Fact, str, int, int]] = []
+    turns = tuple(_ask(rng, language, drafts, stated, unasked, disagreement) for _ in range(shape.questions))
     return Example(language, passages, turns, payload)
 
 
@@ -154,7 +154,7 @@ def _plan(rng, language, shape) -> tuple[list[_Draft], tuple[Fact, Fact] | None]
     theme = rng.choice(kinds)
     for _ in range(rng.randint(*shape.passages)):
         facts: list[Fact] = []
-        wanted = max(1, round(shape.characters[1] / rng.uniform(70, 220)))
+        wanted = max(1, round(shape.characters[1] / rng.uniform(*shape.per_fact)))
         while len(facts) < wanted:
             known = list(told.values())
             entity, attribute, kind = "", None, theme if rng.random() < 0.6 else rng.choice(kinds)
@@ -242,7 +242,7 @@ def _write_prose(rng, language, draft, facts, characters) -> None:
         first, last = draft.add(text, rng.choice((" ", " ", " ", "\n")) if not following else " ")
         start = first if not following else start
         place = text.lower().rfind(fact.value.lower())
-        draft.spans.append((fact, start, last, text[place : place + len(fact.value)]))
+        draft.spans.append((fact, start, last, first + place, text[place : place + len(fact.value)]))
 
 
 def _write_lines(rng, language, draft, facts, style) -> None:
@@ -255,9 +255,9 @@ def _write_lines(rng, language, draft, facts, style) -> None:
             text = f"{bullet}{fact.attribute.label}{colon}{fact.value}"
         else:
             text = fill(rng.choice(fact.attribute.followups), language, value=fact.value)
-        _, last = draft.add(text, "\n" if style == "list" or rng.random() < 0.5 else " ")
+        first, last = draft.add(text, "\n" if style == "list" or rng.random() < 0.5 else " ")
         place = text.lower().rfind(fact.value.lower())
-        draft.spans.append((fact, start, last, text[place : place + len(fact.value)]))
+        draft.spans.append((fact, start, last, first + place, text[place : place + len(fact.value)]))
 
 
 def _cut(rng, draft, characters) -> None:
@@ -271,8 +271,8 @@ def _cut(rng, draft, characters) -> None:
         end = end if end > start else start + characters
     draft.text = text[start:end]
     draft.spans = [
-        (fact, first - start, last - start, literal)
-        for fact, first, last, literal in draft.spans
+        (fact, first - start, last - start, place - start, literal)
+        for fact, first, last, place, literal in draft.spans
         if first >= start and last <= end
     ]
 
@@ -288,33 +288,24 @@ def _break_lines(rng, draft) -> None:
     draft.text = "".join(letters)
 
 
-def _continue(rng, language, drafts: Sequence[_Draft]) -> Turn:
-    number = rng.randrange(len(drafts))
-    found = drafts[number].text.split()
-    start = rng.randrange(max(1, len(found) - 8))
-    middle = start + rng.randint(2, 4)
-    rest = " ".join(found[middle : middle + rng.randint(3, 8)])
-    question = CONTINUE[language].format(start=" ".join(found[start:middle]))
-    return Turn(question, rest, "continue", rest, number + 1)
-
-
-def _ask(rng, language, drafts: Sequence[_Draft], disagreement) -> Turn:
-    stated = [(fact, literal, number) for number, draft in enumerate(drafts, 1) for fact, _, _, literal in draft.spans]
+def _ask(rng, language, drafts: Sequence[_Draft], stated, unasked: list, disagreement) -> Turn:
     if rng.random() < UNANSWERABLE:
         return Turn(_unanswerable(rng, language, drafts), REFUSAL[language], "unanswerable")
-    kind, (fact, literal, number) = "value", rng.choice(stated)
+    if not unasked:
+        unasked += rng.sample(stated, len(stated))
+    kind, (fact, literal, number, place) = "value", unasked.pop()
     if disagreement and rng.random() < 0.35:
         fact = disagreement[1]
     if disagreement and fact in disagreement:
-        both = {said: (text, where) for said, text, where in stated if said in disagreement}
+        both = {said: rest for said, *rest in stated if said in disagreement}
         # Where the newer one was cut away, the older is all there is.
         fact = disagreement[1] if disagreement[1] in both else disagreement[0]
         if fact not in both:
             return Turn(_question(rng, language, fact), REFUSAL[language], "unanswerable")
         kind = "newer" if len(both) == 2 else "value"
-        literal, number = both[fact]
+        literal, number, place = both[fact]
     answer = ANSWER[language].format(v=literal, n=number)
-    return Turn(_question(rng, language, fact), answer, kind, literal, number)
+    return Turn(_question(rng, language, fact), answer, kind, literal, number, place)
 
 
 def _unanswerable(rng, language, drafts) -> str:

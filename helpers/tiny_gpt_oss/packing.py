@@ -37,17 +37,25 @@ class Layout:
         return torch.cat([torch.arange(self.prefix), branch])[None]
 
 
-def forward(model: torch.nn.Module, ids: torch.Tensor, padding: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Return the last hidden states of a batch of rows, of shape (rows, tokens, width).
+def forward(
+    model: torch.nn.Module, ids: torch.Tensor, padding: torch.Tensor, layout: Layout, pointed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the last hidden states of a batch of rows, (rows, tokens, width), and how well the last layer points.
 
-    `ids`: (rows, layout.tokens); `padding`: (rows, layout.prefix), true where the prefix is padding. `model` is a
+    `ids`: (rows, layout.tokens); `padding`: (rows, layout.prefix), true where the prefix is padding; `pointed`: (rows,
+    branches x branch), for a token of a branch the place in the prefix of what comes next, -1 where that isn't copied.
+    The second result is the mean surprise, in nats, of the last layer's pointing heads at those places. `model` is a
     `GptOssModel` whose attention was set with `use`.
     """
     mask = torch.zeros(padding.shape, device=ids.device).masked_fill(padding, float("-inf"))
     positions = layout.positions().to(ids.device).expand(len(ids), -1)
     masks = {"full_attention": mask, "sliding_attention": mask}
-    output = model(input_ids=ids, position_ids=positions, attention_mask=masks, use_cache=False, layout=layout)
-    return output.last_hidden_state
+    surprise: list[torch.Tensor] = []
+    output = model(
+        input_ids=ids, position_ids=positions, attention_mask=masks, use_cache=False, layout=layout, pointed=pointed,
+        surprise=surprise, last=model.config.num_hidden_layers - 1,
+    )  # fmt: skip
+    return output.last_hidden_state, surprise[0]
 
 
 def use(model: torch.nn.Module) -> None:
@@ -56,7 +64,9 @@ def use(model: torch.nn.Module) -> None:
     model.config._attn_implementation = NAME
 
 
-def attention(module, query, key, value, attention_mask, scaling, layout, s_aux, sliding_window=None, **_):
+def attention(
+    module, query, key, value, attention_mask, scaling, layout, s_aux, pointed, surprise, last, sliding_window=None, **_
+):
     """Attend within the prefix and from each branch to the prefix and itself; same result as eager attention.
 
     `query`: (rows, heads, tokens, head_dim); `key`, `value`: the same with fewer heads. Returns (rows, tokens, heads,
@@ -84,6 +94,11 @@ def attention(module, query, key, value, attention_mask, scaling, layout, s_aux,
     inside = own[0] @ own[1].transpose(3, 4) + _mask(layout.branch, layout.branch, 0, sliding_window, query)
     inside = inside.reshape(rows, heads, -1, layout.branch)
     weights = _softmax(torch.cat([to_prefix, inside], -1), sink)
+    if module.layer_idx == last:
+        heads_of_one = weights[:, -groups:, :, :p]
+        found = heads_of_one.gather(3, pointed.clamp_min(0)[:, None, :, None].expand(-1, groups, -1, 1))[..., 0]
+        here = (pointed >= 0)[:, None].expand_as(found)
+        surprise.append(-(found.float().clamp_min(1e-9).log() * here).sum() / here.sum().clamp_min(1))
     branches = weights[..., :seen] @ first[2][:, :, p - seen :]
     inside = weights[..., seen : seen + layout.branch].reshape(*shape[:-1], layout.branch)
     branches = branches + (inside @ own[2]).reshape(branches.shape)

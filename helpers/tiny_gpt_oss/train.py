@@ -9,13 +9,16 @@ import json
 import math
 import os
 import random
+import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GptOssConfig, GptOssForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -23,13 +26,16 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from helpers import settings
 from helpers.generation import rag_messages
 from helpers.tiny_gpt_oss import packing, tokenizer
-from helpers.tiny_gpt_oss.curriculum import Example, Shape, fingerprint, make_closed_book, make_example
+from helpers.tiny_gpt_oss.curriculum import Example, Shape, Turn, fingerprint, make_closed_book, make_example
+from helpers.tiny_gpt_oss.initialization import ROPE, initialize
 
 RUN = settings.RUNS / "tiny_gpt_oss"
 SEED = 1
-LEARNING_RATE = 1e-3
-WARMUP, DECAY = 200, 0.25  # steps; share of all steps in which the rate falls to a twentieth
-TEXT_LOSS = 0.1  # share of the tokens outside answers that are learnt: drawn anew for each batch
+WARMUP, DECAY = 200, 0.35  # steps; share of all steps in which the learning rate falls to a fiftieth
+TEXT_LOSS = 0.03  # share of the tokens outside answers that are learnt: drawn anew for each batch
+# The weight of a second loss: the last layer's second pair of heads is to look at what the answer copies next. Without
+# it no run had learnt to heed the question after 17 million tokens; it named some value of the passage.
+POINT = 1.0
 CLOSED_BOOK = 0.05  # share of rows without passages
 CHECKPOINT, EVALUATE = 250, 250  # every so many steps
 _MARK = "\x00"
@@ -48,26 +54,24 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training: so many steps, each from one of the buckets, drawn by weight."""
+    """A stretch of training: so many steps at a learning rate, each from one of the buckets, drawn by weight."""
 
     steps: int
+    rate: float
     buckets: tuple[tuple[str, float], ...]
 
 
 BUCKETS = {
-    "seed": Bucket(Shape((1, 1), (30, 90), 10, 0.3), 6, 56, 36, rules=False),
-    "first": Bucket(Shape((1, 1), (60, 150), 10, 0.2), 6, 88, rules=False),
-    "short": Bucket(Shape((1, 1), (80, 300), 10, 0.1), 6, 128, rules=False),
-    "one": Bucket(Shape((1, 1), (80, 400), 10, 0.05), 6, 224),
-    "some": Bucket(Shape((1, 3), (120, 500), 12, 0.05), 5, 512),
-    "full": Bucket(Shape((1, 5), (250, 1000), 16, 0.05), 3, 1152, 44),
+    "dense": Bucket(Shape((1, 1), (150, 320), 5, (60, 90)), 11, 144, rules=False),
+    "one": Bucket(Shape((1, 1), (80, 400), 6), 9, 224),
+    "some": Bucket(Shape((1, 3), (120, 500), 12), 5, 512),
+    "full": Bucket(Shape((1, 5), (250, 1000), 16), 3, 1152, 44),
 }
 STAGES = (
-    Stage(1500, (("seed", 1.0),)),
-    Stage(2000, (("first", 1.0),)),
-    Stage(4000, (("short", 1.0),)),
-    Stage(5000, (("one", 0.4), ("some", 0.6))),
-    Stage(6000, (("one", 0.1), ("some", 0.3), ("full", 0.6))),
+    Stage(2000, 1e-3, (("dense", 1.0),)),
+    Stage(3000, 6e-4, (("dense", 1.0),)),
+    Stage(5000, 5e-4, (("dense", 0.2), ("one", 0.3), ("some", 0.5))),
+    Stage(8000, 5e-4, (("one", 0.1), ("some", 0.4), ("full", 0.5))),
 )
 
 
@@ -85,7 +89,7 @@ def model_config(vocabulary: int, pad: int, stop: int) -> GptOssConfig:
         num_experts_per_tok=2,
         sliding_window=128,
         max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE},
         tie_word_embeddings=False,
         router_aux_loss_coef=0.0,
         pad_token_id=pad,
@@ -96,12 +100,16 @@ def model_config(vocabulary: int, pad: int, stop: int) -> GptOssConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids (rows, tokens), prefix padding (rows, prefix), and which tokens to predict the next of."""
+    """Token ids (rows, tokens), prefix padding (rows, prefix), and which tokens to predict the next of.
+
+    `pointed`: (rows, branches x branch), for a token of a branch the place in the prefix of what comes next, or -1.
+    """
 
     ids: torch.Tensor
     padding: torch.Tensor
     learnt: torch.Tensor
     answers: torch.Tensor
+    pointed: torch.Tensor
     layout: packing.Layout
 
 
@@ -155,10 +163,11 @@ class Packer:
         ids = torch.full((len(rows), layout.tokens), self.pad)
         padding = torch.ones(len(rows), layout.prefix, dtype=torch.bool)
         text, answers = (torch.zeros(ids.shape, dtype=torch.bool) for _ in range(2))
+        pointed = torch.full(ids.shape, -1)
         for row, (prefix, example) in enumerate(rows):
-            found = self.encode([prefix])[0]
+            found = self.tokenizer.backend_tokenizer.encode(prefix)
             start = layout.prefix - len(found)
-            ids[row, start : layout.prefix] = torch.tensor(found)
+            ids[row, start : layout.prefix] = torch.tensor(found.ids)
             padding[row, start:] = False
             text[row, start : layout.prefix - 1] = True
             asked = self.encode([turn.question + self.asked for turn in example.turns])
@@ -171,8 +180,29 @@ class Packer:
                 ids[row, first:last] = torch.tensor(question + answer)
                 text[row, first : middle - 1] = True
                 answers[row, middle - 1 : last - 1] = True
+                for token, place in self.copied(prefix, example, example.turns[number]):
+                    at = found.char_to_token(place)
+                    pointed[row, middle - 1 + token] = -1 if at is None else start + at
         drawn = torch.rand(ids.shape, generator=generator) < TEXT_LOSS
-        return Batch(ids, padding, answers | (text & drawn), answers, layout)
+        return Batch(ids, padding, answers | (text & drawn), answers, pointed[:, layout.prefix :], layout)
+
+    def copied(self, prefix: str, example: Example, turn: Turn) -> Iterator[tuple[int, int]]:
+        """Yield (token of the answer, place in the prefix of its last letter) for what the answer takes from there."""
+        if not turn.number:
+            return
+        head = f"[{turn.number}] {example.passages[turn.number - 1].place}\n"
+        header = prefix.index(head)
+        value = turn.answer.index(turn.value)
+        offsets = self.tokenizer.backend_tokenizer.encode(turn.answer).offsets
+        begun = 0
+        for token, (_, end) in enumerate(offsets):
+            if value <= end <= value + len(turn.value):
+                begun += 1
+                if begun > 2:  # what follows is found by what it follows
+                    continue
+                yield token, header + len(head) + turn.place + end - 1 - value
+            elif turn.answer[end - 1].isdigit() and end > value + len(turn.value):
+                yield token, header + end - 1 - turn.answer.rindex("[")
 
 
 def dense_experts(self, hidden_states, router_indices, routing_weights):
@@ -187,80 +217,19 @@ def dense_experts(self, hidden_states, router_indices, routing_weights):
     return (out * weights.T[..., None]).sum(0).to(hidden_states.dtype)
 
 
-MATCH = 2.0  # how sharply the heads that match tokens start
-
-
-@torch.no_grad()
-def initialize(model: GptOssForCausalLM) -> None:
-    """Start the heads near what copying needs, instead of waiting for them to be found by chance.
-
-    Random matrices at a width of 256 make all heads look everywhere alike, and an induction head (find where the last
-    tokens stood before, take what followed) is found only when heads that look back are there already. So: heads hand
-    on what they see as it is (output = transposed values), as in the mimetic initialization of Trockman and Kolter
-    (2023); the first layer's heads look one and two tokens back; in the full layers one pair of heads looks for tokens
-    that follow the two tokens that it stands on, the others for tokens like its own. All of it is trained on.
-    """
-    config = model.config
-    width, size, group = config.hidden_size, config.head_dim, config.num_attention_heads // config.num_key_value_heads
-    model.model.embed_tokens.weight.normal_(0.0, 0.5)
-    model.model.norm.weight.fill_(0.05)
-    # Slow rotary frequencies alone, so that a match counts alike near and far; half of them for each of the two tokens.
-    turn = torch.arange(size)[:, None] % (size // 2)
-    slow, last_token, token_before = turn >= size // 4, turn % 2 == 0, turn % 2 == 1
-    # Of a token further back: what is read of it, and where the one and the two tokens back are written.
-    seen, one_back, two_back = torch.randn(3, size, width) * width**-0.5
-    last = len(model.model.layers) - 1
-    for number, layer in enumerate(model.model.layers):
-        attention, experts = layer.self_attn, layer.mlp.experts
-        experts.gate_up_proj.normal_(0.0, width**-0.5)
-        experts.down_proj.zero_()
-        queries, keys, values = (
-            part.weight.normal_(0.0, width**-0.5).view(-1, size, width)
-            for part in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        outputs = attention.o_proj.weight.view(width, -1, size)
-        for head in range(config.num_attention_heads):
-            outputs[:, head] = values[head // group].T / group
-        if number == 0:
-            for pair, written in enumerate((one_back, two_back)):
-                values[pair] = seen
-                outputs[:, pair * group : (pair + 1) * group] = written.T[:, None] / group
-                _look_back(attention, pair, group, size, pair + 1)
-        elif number % 2:
-            for head in range(config.num_attention_heads):
-                queries[head] = queries[head // group * group] * slow * MATCH
-            queries[:group] = (seen * last_token + one_back * token_before) * slow * MATCH
-            keys[0] = (one_back * last_token + two_back * token_before) * slow * MATCH
-            for pair in range(1, config.num_key_value_heads):
-                keys[pair] = queries[pair * group]
-            if number == last:  # what was found is said louder, and what is there already is not said again
-                outputs[:, :group] *= 2
-                outputs[:, group:] *= -1
-
-
-def _look_back(attention, pair: int, group: int, size: int, tokens: int, strength: float = 5.0, fast: int = 6) -> None:
-    """Make a pair's heads look so many tokens back, by biases that rotary positions turn into a distance."""
-    half = size // 2
-    angles = tokens * 10_000.0 ** (-torch.arange(half) / half)
-    used = (torch.arange(half) < fast).float() * strength
-    heads = slice(pair * group * size, (pair + 1) * group * size)
-    attention.q_proj.weight[heads] *= 0.1
-    attention.k_proj.weight[pair * size : (pair + 1) * size] *= 0.1
-    attention.k_proj.bias[pair * size : (pair + 1) * size] = torch.cat([used, torch.zeros(half)])
-    turned = torch.cat([used * angles.cos(), -used * angles.sin()])  # the same, so many positions earlier
-    attention.q_proj.bias[heads] = turned.repeat(group)
-
-
-def rate(step: int, steps: int) -> float:
-    """Return the learning rate's factor at a step: a ramp up, a plateau, a straight line down to a twentieth."""
+def decay(step: int, steps: int) -> float:
+    """Return the learning rate's factor at a step: a ramp up, a plateau, a straight line down to a fiftieth."""
     left = (steps - step) / (DECAY * steps)
-    return min(1.0, (step + 1) / WARMUP, 0.05 + 0.95 * left)
+    return min(1.0, (step + 1) / WARMUP, 0.02 + 0.98 * left)
 
 
 class Training:
-    """The state of a run: model, optimizer, step; saved to and resumed from a folder."""
+    """The state of a run: model, optimizer, step; saved to and resumed from a folder.
 
-    def __init__(self, folder: Path, stages, device: str, compiled: bool):
+    `config` makes the model's configuration from the vocabulary's size and the ids of pad and stop.
+    """
+
+    def __init__(self, folder: Path, stages, device: str, compiled: bool, config=model_config):
         self.folder, self.stages, self.device = folder, stages, device
         folder.mkdir(parents=True, exist_ok=True)
         self.steps = sum(stage.steps for stage in stages)
@@ -269,12 +238,12 @@ class Training:
             tokenizer.make(SEED).save_pretrained(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         torch.manual_seed(SEED)
-        config = model_config(len(self.tokenizer), self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        config = config(len(self.tokenizer), self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         self.model = GptOssForCausalLM(config).to(device)
         # One matrix to read tokens and to write them while training: copying a token is then a thing to be learnt once,
         # and not once for each of the 4,096. The exported model has two, as gpt-oss has.
         self.model.lm_head.weight = self.model.model.embed_tokens.weight
-        initialize(self.model)
+        initialize(self.model, self.tokenizer)
         packing.use(self.model)
         ALL_EXPERTS_FUNCTIONS.register("dense", dense_experts)
         self.model.set_experts_implementation("dense")
@@ -282,18 +251,23 @@ class Training:
         matrices = [weight for weight in self.model.parameters() if weight.ndim > 1]
         vectors = [weight for weight in self.model.parameters() if weight.ndim < 2]
         groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=stages[0].rate, betas=(0.9, 0.98), fused=True)
         self.forward = torch.compile(packing.forward, dynamic=False) if compiled else packing.forward
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         if (folder / "checkpoint.safetensors").exists():
             self.resume()
 
-    def bucket(self, step: int) -> Bucket:
-        """Return the bucket of a step's batch."""
+    def stage(self, step: int) -> tuple[Stage, int]:
+        """Return the stage of a step and how many steps it is into it."""
         for stage in self.stages:
             if step < stage.steps:
                 break
             step -= stage.steps
+        return stage, step
+
+    def bucket(self, step: int) -> Bucket:
+        """Return the bucket of a step's batch."""
+        stage, step = self.stage(step)
         names, weights = zip(*stage.buckets, strict=True)
         return BUCKETS[random.Random(f"bucket {SEED} {step}").choices(names, weights)[0]]
 
@@ -301,30 +275,31 @@ class Training:
         """Return the batch of a step."""
         return self.packer.batch(self.bucket(step), f"train {SEED} {step}")
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
-        """Return the last hidden states of a batch, (rows, tokens, width)."""
+    def hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the last hidden states of a batch, (rows, tokens, width), and how badly its heads point."""
         with torch.autocast(self.device, torch.bfloat16):
             ids, padding = batch.ids.to(self.device), batch.padding.to(self.device)
-            return self.forward(self.model.model, ids, padding, batch.layout)
+            return self.forward(self.model.model, ids, padding, batch.layout, batch.pointed.to(self.device))
 
-    def logits(self, batch: Batch, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what the model says comes after the tokens `where`, and what does."""
+    def logits(self, batch: Batch, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what the model says comes after the tokens `where`, what does, and how badly its heads point."""
+        hidden, pointing = self.hidden(batch)
         with torch.autocast(self.device, torch.bfloat16):
-            logits = self.model.lm_head(self.hidden(batch)[where.to(self.device)]).float()
-        return logits, batch.ids.roll(-1, 1)[where].to(self.device)
+            logits = self.model.lm_head(hidden[where.to(self.device)]).float()
+        return logits, batch.ids.roll(-1, 1)[where].to(self.device), pointing
 
-    def learn(self, batch: Batch) -> tuple[float, float]:
-        """Take one step; return the loss of all that was learnt and that of the answers."""
+    def learn(self, batch: Batch) -> tuple[float, float, float]:
+        """Take one step; return the loss of all that was learnt, that of the answers and that of the pointing."""
         for group in self.optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * rate(self.step, self.steps)
-        logits, targets = self.logits(batch, batch.learnt)
+            group["lr"] = self.stage(self.step)[0].rate * decay(self.step, self.steps)
+        logits, targets, pointing = self.logits(batch, batch.learnt)
         losses = F.cross_entropy(logits, targets, reduction="none")
-        losses.mean().backward()
+        (losses.mean() + POINT * pointing).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         answers = batch.answers[batch.learnt].to(self.device)
-        return losses.mean().item(), losses.detach()[answers].mean().item()
+        return losses.mean().item(), losses.detach()[answers].mean().item(), pointing.item()
 
     def accuracy(self, name: str, batches: int) -> dict[str, float]:
         """Return, by language and kind of question, the share of held-out answers right to the last token."""
@@ -336,7 +311,7 @@ class Training:
             examples = [example for _, example in rows]
             batch = self.packer.pack(rows, bucket)
             # With gradients, though none are needed: without them the model would be compiled a second time.
-            logits, targets = self.logits(batch, batch.answers)
+            logits, targets, _ = self.logits(batch, batch.answers)
             hits = torch.ones(batch.ids.shape, dtype=torch.bool)
             hits[batch.answers] = (logits.argmax(-1) == targets).cpu()
             start = batch.layout.prefix
@@ -368,15 +343,16 @@ class Training:
         os.replace(aside, self.folder / "checkpoint.safetensors")
 
     def resume(self) -> None:
-        """Go on from the checkpoint."""
-        from safetensors import safe_open
-
+        """Go on from the checkpoint; what the log says of later steps comes again."""
         path = self.folder / "checkpoint.safetensors"
         tensors = load_file(path, device=self.device)
         with safe_open(path, "pt") as file:
             counters = file.metadata()
         self.step, self.tokens = int(counters["step"]), int(counters["tokens"])
         self.seconds = float(counters["seconds"])
+        lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True) if self.log.exists() else []
+        kept = "".join(line for line in lines if json.loads(line)["step"] <= self.step)
+        self.log.write_text(kept, encoding="utf-8")
         prefix = "model."
         self.model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         state = self.optimizer.state_dict()
@@ -389,46 +365,38 @@ class Training:
     def run(self) -> None:
         """Train to the end."""
         started = time.perf_counter() - self.seconds
-        mean, answers = None, None
+        means: list[float] = []
         with ThreadPoolExecutor(1) as pool:  # the next batch is written while this one is learnt
             coming = pool.submit(self.batch, self.step)
             while self.step < self.steps:
                 batch = coming.result()
                 coming = pool.submit(self.batch, self.step + 1)
-                loss, answer_loss = self.learn(batch)
-                if not math.isfinite(loss):
-                    raise SystemExit(f"The loss is {loss} at step {self.step}: start again from the last checkpoint.")
-                mean = loss if mean is None else 0.98 * mean + 0.02 * loss
-                answers = answer_loss if answers is None else 0.98 * answers + 0.02 * answer_loss
+                losses = self.learn(batch)
+                if not math.isfinite(losses[0]):
+                    raise SystemExit(f"The loss is {losses[0]} at step {self.step}: start again from the checkpoint.")
+                means = [0.98 * old + 0.02 * new for old, new in zip(means or losses, losses, strict=True)]
                 self.step += 1
                 self.tokens += batch.ids.numel()
                 self.seconds = time.perf_counter() - started
                 if self.step % 50 == 0:
-                    self.write(
-                        step=self.step, tokens=self.tokens, seconds=round(self.seconds), loss=round(mean, 3),
-                        answer_loss=round(answers, 3),
-                    )  # fmt: skip
+                    named = dict(
+                        zip(("loss", "answer_loss", "pointing"), (round(mean, 3) for mean in means), strict=True)
+                    )
+                    self.write(step=self.step, tokens=self.tokens, seconds=round(self.seconds), **named)
                 if self.step % EVALUATE == 0 or self.step == self.steps:
-                    names = dict(self.stages[0].buckets) | dict(self.bucket_names(self.step - 1))
-                    held_out = {name: self.accuracy(name, 6) for name in names}
+                    buckets = self.stage(self.step - 1)[0].buckets
+                    held_out = {name: self.accuracy(name, 12) for name, _ in buckets}
                     self.write(step=self.step, tokens=self.tokens, accuracy=held_out)
                 if self.step % CHECKPOINT == 0 or self.step == self.steps:
                     self.save()
-
-    def bucket_names(self, step: int):
-        """Return the buckets of a step's stage."""
-        for stage in self.stages:
-            if step < stage.steps:
-                break
-            step -= stage.steps
-        return stage.buckets
 
     def export(self, folder: Path) -> None:
         """Write the model as transformers loads it: 16-bit weights, configuration, tokenizer."""
         plain = GptOssForCausalLM(self.model.config.__class__.from_dict(self.model.config.to_dict()))
         plain.load_state_dict(self.model.state_dict())
         plain.to(torch.bfloat16).save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(self.folder / name, folder)
 
 
 def main(arguments: list[str] | None = None) -> None:
