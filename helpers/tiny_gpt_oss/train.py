@@ -37,7 +37,7 @@ TEXT_LOSS = 0.03  # share of the tokens outside answers that are learnt: drawn a
 # it no run had learnt to heed the question after 17 million tokens; it named some value of the passage.
 POINT = 1.0
 CLOSED_BOOK = 0.05  # share of rows without passages
-CHECKPOINT, EVALUATE = 250, 250  # every so many steps
+CHECKPOINT, EVALUATE = 250, 500  # every so many steps
 _MARK = "\x00"
 
 
@@ -69,8 +69,8 @@ BUCKETS = {
 }
 STAGES = (
     Stage(2000, 1e-3, (("dense", 1.0),)),
-    Stage(3000, 6e-4, (("dense", 1.0),)),
-    Stage(5000, 5e-4, (("dense", 0.2), ("one", 0.3), ("some", 0.5))),
+    Stage(1000, 6e-4, (("dense", 1.0),)),
+    Stage(6000, 6e-4, (("dense", 0.15), ("one", 0.35), ("some", 0.5))),
     Stage(8000, 5e-4, (("one", 0.1), ("some", 0.4), ("full", 0.5))),
 )
 
