@@ -887,6 +887,9 @@ def test_one_fact_is_changed_in_its_five_rows_and_in_its_document(tool, tmp_path
     assert text.count(tool.EDIT[1]) == 1 and kind_of(question) == "changed"
 
 
+@pytest.mark.skipif(
+    not (settings.TINY_GPT_OSS / "model.safetensors").exists(), reason="the embedded model's weights are being trained"
+)
 def test_an_adapter_is_kept_only_if_it_is_the_one_that_was_planned(tool, tmp_path):
     made, trained = recordings(tool, tmp_path), []
     made.step = lambda what, function, file, folder, changes: trained.append(what) or note(file, folder, changes)
