@@ -19,7 +19,6 @@ from helpers.evaluation import load_questions
 from helpers.generation import SYSTEM
 from helpers.language import detect_language, fold, words
 
-DATASET = settings.DATASET
 FIELDS = ("instruction", "output")
 # Two questions are nearly the same if they share so many of their letter triples (Jaccard) and have the same numbers in
 # them. Five phrasings of one fact in dataset.jsonl share at most 0.56, one changed word in ten leaves about 0.8.
@@ -94,7 +93,7 @@ class DatasetReport:
 
 
 def check_dataset(
-    path: str | Path = DATASET,
+    path: str | Path = settings.DATASET,
     tokenizer=None,
     max_length: int | None = None,
     questions: str | Path | None = settings.QUESTIONS,
@@ -106,7 +105,7 @@ def check_dataset(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no training set {path}: check the name, or use {DATASET.name}.")
+        raise FileNotFoundError(f"There is no training set {path}: check the name, or use {settings.DATASET.name}.")
     raw = path.read_bytes()
     numbered, faults = _read(raw)
     faults += _repeated(numbered)

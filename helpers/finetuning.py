@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 
 from helpers import settings
-from helpers.dataset import DATASET, DatasetReport, check_dataset, show_example, to_prompt_completion
+from helpers.dataset import DatasetReport, check_dataset, show_example, to_prompt_completion
 from helpers.four_bit import audit, base_digest, load_config, load_tokenizer, read_base
 from helpers.planning import CHECKPOINTS_KEPT, Plan, held_out, model_of, peak_memory, plan, recipe_of
 from helpers.recording import describe_machine
@@ -36,7 +36,6 @@ __all__ = [
     "plan", "show_example", "to_prompt_completion", "train",
 ]  # fmt: skip
 
-OUT = settings.FINE_TUNED
 MARK = "complete.json"  # in a checkpoint that was written to its end
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
@@ -79,8 +78,8 @@ class Training:
 
 def train(
     base: str = "auto",
-    dataset: str | Path = DATASET,
-    out: str | Path = OUT,
+    dataset: str | Path = settings.DATASET,
+    out: str | Path = settings.FINE_TUNED,
     *,
     questions: str | Path | None = settings.QUESTIONS,
     watch: Watch | None = None,
@@ -133,7 +132,7 @@ def train(
 
 
 def prepare(
-    base: str = "auto", dataset: str | Path = DATASET, questions: str | Path | None = settings.QUESTIONS, **changes
+    base="auto", dataset: str | Path = settings.DATASET, questions: str | Path | None = settings.QUESTIONS, **changes
 ) -> tuple[Plan, DatasetReport, object]:
     """Return the plan of a training, its checked rows with their lengths, and the tokenizer. Raises as `train` does."""
     why = ""
@@ -399,7 +398,7 @@ def _explained(error: Exception, chosen: Plan, folder: Path) -> Exception:
     return error
 
 
-def load_finetuned(folder: str | Path = OUT):
+def load_finetuned(folder: str | Path = settings.FINE_TUNED):
     """Return (model, tokenizer): the adapter in `folder` on its base, loaded as it was trained, 4 bits or not.
 
     Any PEFT adapter will do; with a run.json beside it the hashes of adapter and base are compared first. The same call

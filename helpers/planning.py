@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from helpers import settings
-from helpers.dataset import DATASET, DatasetReport, check_dataset
+from helpers.dataset import DatasetReport, check_dataset
 from helpers.four_bit import audit, load_config, training_dtype
 
 GIB = 2**30
@@ -151,7 +151,7 @@ def _shown(gib: float) -> str:
 
 def plan(
     base: str = "auto",
-    dataset: DatasetReport | str | Path = DATASET,
+    dataset: DatasetReport | str | Path = settings.DATASET,
     *,
     device: str = "",
     dtype: str = "",

@@ -1,6 +1,7 @@
 """Models of random weights in the shapes of the real ones, small enough to train in a second."""
 
 import json
+from pathlib import Path
 
 from helpers import settings
 
@@ -82,3 +83,10 @@ def make_mxfp4(folder, shards=3, seed=0, **changes):
     described = config.to_dict() | {"architectures": ["GptOssForCausalLM"], "quantization_config": quantized}
     (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
     return str(folder)
+
+
+def write_rows(folder: Path, rows: list[dict]) -> Path:
+    """Write a training set into a folder; return its file."""
+    path = folder / "set.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -282,7 +282,7 @@ def test_heads_start_by_looking_for_what_the_question_is_about(reader):
             if turn.kind == "value":
                 begun = turn.answer[: turn.answer.index(turn.value)].rstrip()
                 ids = reader(prefix + turn.question + packer.asked + begun, return_tensors="pt").input_ids
-                place = prefix.index(example.passages[0].text) + turn.place
+                place = prefix.index(example.passages[0].text) + turn.start
                 first = text.char_to_token(place) or text.char_to_token(place + 1)
                 with torch.no_grad():
                     looked = model.model(ids, output_attentions=True).attentions[-1][0, 2, -1, : len(text.input_ids)]

@@ -22,9 +22,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "set.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    return path
+    return stand_in_model.write_rows(tmp_path_factory.mktemp("data"), ROWS)
 
 
 @pytest.fixture(autouse=True)

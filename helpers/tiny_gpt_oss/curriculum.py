@@ -44,7 +44,7 @@ class Passage:
 class Turn:
     """A question and its right answer; `kind` is 'value', 'newer', 'unanswerable' or 'none' (no passages).
 
-    `value` is the answer's heart, `number` the passage that holds it and `place` where in its text it begins, all empty
+    `value` is the answer's heart, `number` the passage that holds it and `start` where in its text it begins, all empty
     (0) where there is none.
     """
 
@@ -53,7 +53,7 @@ class Turn:
     kind: str
     value: str = ""
     number: int = 0
-    place: int = 0
+    start: int = 0
 
 
 @dataclass(frozen=True)

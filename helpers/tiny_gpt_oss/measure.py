@@ -7,13 +7,14 @@ import argparse
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from helpers import settings
 from helpers.evaluation import Share, contains_answer, share
 from helpers.generation import is_refusal, rag_messages
-from helpers.llms import LLM, Message, load_llm
+from helpers.llms import LLM, Message, answer_all, load_llm
 from helpers.tiny_gpt_oss.curriculum import Example, Shape, Turn, make_closed_book, make_example
 
 ONE, THREE = Shape((1, 1), (300, 1000), 8), Shape((3, 3), (300, 1000), 8)
@@ -73,24 +74,11 @@ def closed_book(language: str) -> Iterator[Case]:
 
 
 def answered(llm: LLM, prompts: Iterator[Case], count: int) -> list[Case]:
-    """Return `count` cases with their answers, several at a time."""
-    import torch
-
-    model, tokenizer = llm.chat.model, llm.chat.tokenizer
-    found: list[Case] = []
-    while len(found) < count:
-        batch = []
-        while len(batch) < min(BATCH, count - len(found)):
-            case = next(prompts)
-            if llm.count(case.messages) + 64 <= llm.context:
-                batch.append(case)
-        texts = [llm.chat.prompt(case.messages) for case in batch]
-        inputs = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-        with torch.inference_mode():
-            output = model.generate(**inputs.to(model.device), max_new_tokens=48, do_sample=False)
-        said = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        found += [Case(case.example, case.turn, case.messages, text) for case, text in zip(batch, said, strict=True)]
-    return found
+    """Return `count` cases with their answers, of 48 tokens at most; prompts without room for one are passed over."""
+    fitting = (case for case in prompts if llm.count(case.messages) + 64 <= llm.context)
+    asked = list(islice(fitting, count))
+    said = answer_all(llm.chat.model_copy(update={"max_tokens": 48}), [case.messages for case in asked], BATCH)
+    return [replace(case, text=text) for case, text in zip(asked, said, strict=True)]
 
 
 def table(llm: LLM, count: int, progress: Callable[[str], None] = print) -> dict[str, dict[str, Share]]:

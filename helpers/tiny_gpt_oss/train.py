@@ -200,7 +200,7 @@ class Packer:
                 begun += 1
                 if begun > 2:  # what follows is found by what it follows
                     continue
-                yield token, header + len(head) + turn.place + end - 1 - value
+                yield token, header + len(head) + turn.start + end - 1 - value
             elif turn.answer[end - 1].isdigit() and end > value + len(turn.value):
                 yield token, header + end - 1 - turn.answer.rindex("[")
 
