@@ -1,21 +1,28 @@
 """The recipe of the embedded model: its curriculum, its tokenizer, its batches and a training that is interrupted."""
 
 import json
+import math
 import random
 import re
+import warnings
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, GptOssForCausalLM
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssForCausalLM
 
 from helpers import settings
 from helpers.chunking import load_documents
 from helpers.evaluation import load_questions
-from helpers.generation import rag_messages
+from helpers.generation import is_refusal, rag_messages
+from helpers.llms import PromptTooLong, check_weights, load_llm
 from helpers.tiny_gpt_oss import packing, tokenizer, train, worlds
-from helpers.tiny_gpt_oss.curriculum import REFUSAL, UNKNOWN, Shape, make_closed_book, make_example
+from helpers.tiny_gpt_oss.batches import Bucket, Packer, Writers
+from helpers.tiny_gpt_oss.curriculum import REFUSAL, UNKNOWN, Shape, fingerprint, make_closed_book, make_example
 from helpers.tiny_gpt_oss.initialization import initialize
-from helpers.tiny_gpt_oss.train import Bucket, Packer, Stage, Training, model_config
+from helpers.tiny_gpt_oss.measure import ONE, answered, cases, closed_book
+from helpers.tiny_gpt_oss.train import Stage, Training, model_config
 from helpers.tiny_gpt_oss.worlds import FOLDER, LANGUAGES, fill, reserved, words
 
 SHAPES = [Shape((1, 1), (80, 300), 6), Shape((1, 5), (250, 1000), 8)]
@@ -219,21 +226,21 @@ def test_answers_point_to_what_they_copy(reader):
     packer, bucket = Packer(reader, 128), Bucket(Shape((1, 3), (80, 300), 6), 12, 400, 48)
     batch = packer.pack(packer.rows(random.Random(5), bucket), bucket)
     prefix, same, total = batch.layout.prefix, 0, 0
-    for row, token in (batch.pointed >= 0).nonzero().tolist():
+    for row, token in np.argwhere(batch.pointed >= 0):
         total += 1
         same += int(batch.ids[row, batch.pointed[row, token]] == batch.ids[row, prefix + token + 1])
     assert total > 100 and same > 0.9 * total
-    asked = [turn for _, example in packer.rows(random.Random(5), bucket) for turn in example.turns]
+    asked = [turn for _, example, _ in packer.rows(random.Random(5), bucket) for turn in example.turns]
     assert any(turn.number > 1 for turn in asked) and any(turn.kind == "unanswerable" for turn in asked)
 
 
-def test_dense_experts_give_what_routed_ones_give():
+def test_a_quickened_model_computes_the_same():
     model = small()
     ids = torch.randint(7, 4096, (1, 30))
     with torch.no_grad():
         routed = model(ids).logits
-        train.ALL_EXPERTS_FUNCTIONS.register("dense", train.dense_experts)
-        model.set_experts_implementation("dense")
+        train.quicken(model)
+        model.set_attn_implementation("eager")
         assert torch.allclose(model(ids).logits, routed, atol=1e-4)
 
 
@@ -241,7 +248,7 @@ def test_a_batch_says_what_the_template_says(reader):
     packer, bucket = Packer(reader, 128), Bucket(Shape((1, 2), (80, 300), 4), 2, 400, 48)
     rows = packer.rows(random.Random(3), bucket)
     batch = packer.pack(rows, bucket)
-    for row, (_, example) in enumerate(rows):
+    for row, (_, example, _) in enumerate(rows):
         passages = [(passage.place, passage.text) for passage in example.passages]
         for branch, turn in enumerate(example.turns):
             messages = [*rag_messages(turn.question, passages), {"role": "assistant", "content": turn.answer}]
@@ -250,7 +257,7 @@ def test_a_batch_says_what_the_template_says(reader):
             prefix = batch.ids[row, : batch.layout.prefix][~batch.padding[row]].tolist()
             own = [token for token in batch.ids[row, first : first + 48].tolist() if token != reader.pad_token_id]
             assert prefix + own == whole
-            learnt = batch.answers[row, first : first + 48].nonzero().flatten() + 1
+            learnt = np.flatnonzero(batch.answers[row, first : first + 48]) + 1
             assert reader.decode(batch.ids[row, first + learnt]) == f"{turn.answer}<|return|>"
 
 
@@ -276,7 +283,7 @@ def test_heads_start_by_looking_for_what_the_question_is_about(reader):
     model.set_attn_implementation("eager")
     packer, bucket = Packer(reader, 128), Bucket(Shape((1, 1), (180, 320), 4, (60, 90)), 20, 160, rules=False)
     near, chance = [], []
-    for prefix, example in packer.rows(random.Random(7), bucket):
+    for prefix, example, _ in packer.rows(random.Random(7), bucket):
         text = reader(prefix)
         for turn in example.turns:
             if turn.kind == "value":
@@ -291,30 +298,45 @@ def test_heads_start_by_looking_for_what_the_question_is_about(reader):
     assert len(near) > 40 and sum(near) > 2 * sum(chance)
 
 
+def test_what_a_step_takes_fits_a_fixed_number_of_places(reader):
+    """Answers first, tokens of the passages as far as there is room; what is to spare weighs nothing."""
+    packer, bucket = Packer(reader, 128), Bucket(Shape((1, 1), (80, 300), 4), 3, 300)
+    batch = packer.batch(bucket, "a batch")
+    for most in (bucket.most_learnt, int(batch.answers.sum()) + 2):
+        ids, _, _, places, targets, weights = batch.tensors(most)
+        used = places[weights > 0]
+        assert len(places) == len(targets) == most and abs(weights.sum().item() - 1) < 1e-5
+        assert set(np.flatnonzero(batch.answers)) <= set(used.tolist()) <= set(np.flatnonzero(batch.learnt))
+        assert torch.equal(targets, ids.roll(-1, 1).flatten()[places])
+
+
 def test_an_interrupted_training_goes_on_with_the_same_next_batch(tmp_path, monkeypatch, reader):
     monkeypatch.setattr(train, "CHECKPOINT", 2)
+    monkeypatch.setattr(train, "initialize", lambda model, tokenizer: None)  # seconds each time, and tested above
     monkeypatch.setattr(train, "BUCKETS", {"few": Bucket(Shape((1, 1), (60, 120), 2), 2, 144)})
     stages = (Stage(4, 1e-3, (("few", 1.0),)),)
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
         reader.save_pretrained(tmp_path / name)
-    whole = Training(tmp_path / "whole", stages, "cpu", compiled=False)
-    whole.run()
-    stopped = Training(tmp_path / "stopped", stages, "cpu", compiled=False)
-    learn, seen = stopped.learn, []
+    with Writers(tmp_path / "whole", train.WINDOW, 1) as writers:
+        whole = Training(tmp_path / "whole", stages)
+        whole.run(writers)
+        stopped = Training(tmp_path / "stopped", stages)
+        learn, seen = stopped.learn, []
 
-    def until_the_third(batch):
-        seen.append(batch)
-        if len(seen) == 4:  # after the checkpoint at 2, a step is lost
-            raise KeyboardInterrupt
-        return learn(batch)
+        def until_the_third(bucket, batch):
+            seen.append(batch)
+            if len(seen) == 4:  # after the checkpoint at 2, a step is lost
+                raise KeyboardInterrupt
+            return learn(bucket, batch)
 
-    stopped.learn = until_the_third
-    with pytest.raises(KeyboardInterrupt):
-        stopped.run()
-    resumed = Training(tmp_path / "stopped", stages, "cpu", compiled=False)
-    assert resumed.step == 2 and torch.equal(resumed.batch(2).ids, seen[2].ids)
-    resumed.run()
+        stopped.learn = until_the_third
+        with pytest.raises(KeyboardInterrupt):
+            stopped.run(writers)
+        resumed = Training(tmp_path / "stopped", stages)
+        following = next(writers.batches(resumed.jobs()))
+        assert resumed.step == 2 and np.array_equal(following.ids, seen[2].ids)
+        resumed.run(writers)
     steps = [json.loads(line)["step"] for line in resumed.log.read_text().splitlines()]
     assert steps == sorted(steps)
     for (name, weight), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
@@ -323,3 +345,56 @@ def test_an_interrupted_training_goes_on_with_the_same_next_batch(tmp_path, monk
     loaded = GptOssForCausalLM.from_pretrained(tmp_path / "model")
     assert loaded.dtype == torch.bfloat16 and not loaded.config.tie_word_embeddings
     assert sum(weight.numel() for weight in loaded.parameters()) < 12e6
+    check_weights(tmp_path / "model")
+
+
+# The shipped model
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_llm("tiny")
+
+
+def test_the_shipped_model_is_gpt_oss_in_small(tiny):
+    config = tiny.chat.model.config
+    assert type(tiny.chat.model) is GptOssForCausalLM
+    weights = settings.TINY_GPT_OSS / "model.safetensors"
+    assert weights.stat().st_size <= 25e6
+    with safe_open(weights, "pt") as file:
+        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        assert {tensor.get_dtype() for tensor in tensors.values()} == {"BF16"}
+        assert sum(math.prod(tensor.get_shape()) for tensor in tensors.values()) <= 12e6
+    assert {"lm_head.weight", "model.layers.0.self_attn.sinks", "model.layers.0.self_attn.q_proj.bias"} <= set(tensors)
+    assert not config.tie_word_embeddings and config.num_local_experts >= 4 and config.num_experts_per_tok == 2
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"} and tiny.context >= 2048
+    assert config.pad_token_id not in {config.eos_token_id, tiny.chat.model.generation_config.eos_token_id}
+
+
+def test_the_shipped_model_loads_like_any_other_without_a_word(capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AutoModelForCausalLM.from_pretrained(settings.TINY_GPT_OSS)
+        AutoTokenizer.from_pretrained(settings.TINY_GPT_OSS)
+    said = capfd.readouterr()
+    assert re.sub(r".*Loading weights.*", "", said.err.replace("\r", "\n")).strip() == said.out == ""
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_shipped_model_reads_worlds_that_it_never_saw(tiny, language):
+    """A small sample of what `measure` measures on 500: far above what guessing among the facts of a passage gives."""
+    asked = answered(tiny, cases("one", language, ("value", "newer"), ONE), 16)
+    assert sum(case.right for case in asked) >= 10
+    assert all(case.cited for case in asked if case.right)
+    assert all(is_refusal(case.text) for case in answered(tiny, closed_book(language), 8))
+
+
+def test_the_shipped_models_log_is_of_this_curriculum():
+    first, *_, last = (json.loads(line) for line in (settings.TINY_GPT_OSS / "training_log.jsonl").open())
+    assert first["curriculum"] == fingerprint()
+    assert last["step"] == sum(stage.steps for stage in train.STAGES)
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(tiny):
+    with pytest.raises(PromptTooLong, match=r"The prompt has 3\d\d\d tokens and the model's context is 2048"):
+        next(tiny.stream([{"role": "user", "content": "word " * 3000}]))

@@ -19,6 +19,8 @@ from helpers.tiny_gpt_oss.worlds import (
     invent_date,
     invent_entity,
     invent_value,
+    siblings,
+    with_strange_word,
     words,
 )
 
@@ -29,6 +31,7 @@ UNKNOWN = {"en": "I don't know.", "es": "No lo sé."}
 UNANSWERABLE = 0.2  # share of questions that the passages don't answer
 DISAGREEING = 0.25  # share of examples of several passages in which two disagree
 PLANTED = 0.12  # share of examples with an instruction in a passage
+ALIKE = 0.6  # where a second fact of an entity may be of the same family of attributes: how often it is
 COMPOUND = 0.3  # share of facts whose attribute is put together from nouns
 
 
@@ -162,7 +165,9 @@ def _plan(rng, language, shape) -> tuple[list[_Draft], tuple[Fact, Fact] | None]
                 model = rng.choice(facts or known)
                 kind = model.kind
                 if rng.random() < 0.6:
-                    entity = model.entity  # another fact of the same entity
+                    entity = model.entity  # another fact of the same entity, the likelier the harder to tell apart
+                    alike = siblings(language, model.attribute, kind)
+                    attribute = rng.choice(alike) if alike and rng.random() < ALIKE else None
                 else:
                     attribute = model.attribute  # the same of another entity
             fact = _invent_fact(rng, language, kind, entity, attribute)
@@ -214,7 +219,7 @@ def _write(rng, language, draft: _Draft, characters: int) -> None:
             draft.add(draft.planted, rng.choice((" ", "\n")))
     spare, separator = characters * rng.uniform(0.7, 1.1), " " if style == "prose" else "\n\n"
     while len(draft.text) < spare - 60:
-        draft.add(rng.choice(frame["fillers"]), separator)
+        draft.add(with_strange_word(rng, rng.choice(frame["fillers"])), separator)
         separator = " "
     _cut(rng, draft, characters)
     if rng.random() < 0.4:
@@ -228,7 +233,7 @@ def _write_prose(rng, language, draft, facts, characters) -> None:
     for number, fact in enumerate(facts):
         # Words that no fact is in: before a fact, where there is room for them.
         while len(draft.text) < room and rng.random() < 0.5:
-            draft.add(rng.choice(frame["fillers"]))
+            draft.add(with_strange_word(rng, rng.choice(frame["fillers"])))
         following = start is not None and rng.random() < 0.6
         template = rng.choice(fact.attribute.followups if following else fact.attribute.statements)
         text = fill(template, language, fact.entity, fact.value)
@@ -317,7 +322,9 @@ def _unanswerable(rng, language, drafts) -> str:
         model = rng.choice(facts)
         roll = rng.random()
         if roll < 0.45:
-            asked = _invent_fact(rng, language, model.kind, entity=model.entity)
+            alike = siblings(language, model.attribute, model.kind)
+            attribute = rng.choice(alike) if alike and rng.random() < ALIKE else None
+            asked = _invent_fact(rng, language, model.kind, model.entity, attribute)
         elif roll < 0.9:
             asked = _invent_fact(rng, language, model.kind, attribute=model.attribute)
         else:

@@ -67,12 +67,12 @@ def initialize(model, tokenizer) -> None:
                 values[pair] = seen
                 outputs[:, pair * group : (pair + 1) * group] = written.T[:, None] / group
                 _look(attention, pair, group, where, 5.0)
-        elif number % 2 == 0:
+        elif number == last - 1:
             for pair, (written, where) in enumerate(((around, SENTENCE), (asked, QUESTION))):
                 values[pair] = about
                 outputs[:, pair * group : (pair + 1) * group] = written.T[:, None] / group * GATHER
                 _look(attention, pair, group, where, 2.2)
-        else:
+        elif number % 2:
             for head in range(config.num_attention_heads):
                 queries[head] = queries[head // group * group] * slow * MATCH
             queries[:group] = (seen * last_token + one_back * token_before) * slow * MATCH

@@ -31,10 +31,10 @@ class Layout:
         """Return the tokens of a row."""
         return self.prefix + self.branches * self.branch
 
-    def positions(self) -> torch.Tensor:
+    def positions(self, device="cpu") -> torch.Tensor:
         """Return the position of each token of a row, of shape (1, tokens)."""
-        branch = torch.arange(self.prefix, self.prefix + self.branch).repeat(self.branches)
-        return torch.cat([torch.arange(self.prefix), branch])[None]
+        branch = torch.arange(self.prefix, self.prefix + self.branch, device=device).repeat(self.branches)
+        return torch.cat([torch.arange(self.prefix, device=device), branch])[None]
 
 
 def forward(
@@ -48,7 +48,7 @@ def forward(
     `GptOssModel` whose attention was set with `use`.
     """
     mask = torch.zeros(padding.shape, device=ids.device).masked_fill(padding, float("-inf"))
-    positions = layout.positions().to(ids.device).expand(len(ids), -1)
+    positions = layout.positions(ids.device).expand(len(ids), -1)
     masks = {"full_attention": mask, "sliding_attention": mask}
     surprise: list[torch.Tensor] = []
     output = model(
@@ -73,6 +73,7 @@ def attention(
     head_dim) and no weights.
     """
     groups = module.num_key_value_groups
+    query, key = query.to(value.dtype), key.to(value.dtype)  # turning them may have made 32 bits of 16
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     query = query * scaling
     p = layout.prefix
@@ -83,7 +84,9 @@ def attention(
     own = [part[:, :, p:].reshape(shape) for part in (query, key, value)]
     first = [part[:, :, :p] for part in (query, key, value)]
     seen = min(p, layout.window) if sliding_window else p
-    if sliding_window and p > layout.window and p % layout.window == 0:
+    if not sliding_window:
+        prefix = _causal(*first, padding, sink)
+    elif p > layout.window and p % layout.window == 0:
         prefix = _banded(*first, padding, sink, layout.window)
     else:
         far = _mask(p, p, 0, sliding_window, query)
@@ -103,6 +106,20 @@ def attention(
     inside = weights[..., seen : seen + layout.branch].reshape(*shape[:-1], layout.branch)
     branches = branches + (inside @ own[2]).reshape(branches.shape)
     return torch.cat([prefix, branches], 2).transpose(1, 2).contiguous(), None
+
+
+def _causal(query, key, value, padding, sink):
+    """Attend to all that came before with torch's fused kernel, which knows no sinks.
+
+    The sink is a first token that holds nothing. Eight more numbers (the kernel wants multiples of eight) per query and
+    key, of which one counts, add to a score: the sink's own, nothing, or so little that padding is never looked at.
+    """
+    rows, heads, tokens, dim = query.shape
+    score = torch.cat([sink.expand(rows, heads, 1, 1), padding.clamp_min(-3e4).expand(rows, heads, 1, tokens)], 3)
+    query, key, value = (F.pad(part, (0, 8, 1, 0)) for part in (query, key, value))
+    one = F.pad(torch.ones_like(query[..., :1]), (dim, 7))
+    key = key + F.pad(score.transpose(2, 3), (dim, 7))
+    return F.scaled_dot_product_attention(query + one, key, value, is_causal=True, scale=1.0)[:, :, 1:, :dim]
 
 
 def _banded(query, key, value, padding, sink, window):
@@ -130,4 +147,6 @@ def _mask(queries, keys, start, window, like):
 
 def _softmax(scores, sink):
     """Return the weights with the sink's as the last: a score that is learnt per head and takes what no token gets."""
-    return torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], -1).softmax(-1)
+    scores = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], -1)
+    with torch.autocast(scores.device.type, enabled=False):  # which would return it in 32 bit, twice the memory
+        return scores.softmax(-1)

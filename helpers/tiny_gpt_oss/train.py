@@ -5,15 +5,16 @@ longer passages. A killed run goes on from its last checkpoint with the batch th
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import random
 import shutil
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -22,34 +23,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GptOssConfig, GptOssForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 
 from helpers import settings
-from helpers.generation import rag_messages
 from helpers.tiny_gpt_oss import packing, tokenizer
-from helpers.tiny_gpt_oss.curriculum import Example, Shape, Turn, fingerprint, make_closed_book, make_example
+from helpers.tiny_gpt_oss.batches import Batch, Bucket, Packer, Writers
+from helpers.tiny_gpt_oss.curriculum import Shape, fingerprint
 from helpers.tiny_gpt_oss.initialization import ROPE, initialize
 
 RUN = settings.RUNS / "tiny_gpt_oss"
 SEED = 1
 WARMUP, DECAY = 200, 0.35  # steps; share of all steps in which the learning rate falls to a fiftieth
-TEXT_LOSS = 0.03  # share of the tokens outside answers that are learnt: drawn anew for each batch
 # The weight of a second loss: the last layer's second pair of heads is to look at what the answer copies next. Without
 # it no run had learnt to heed the question after 17 million tokens; it named some value of the passage.
 POINT = 1.0
-CLOSED_BOOK = 0.05  # share of rows without passages
-CHECKPOINT, EVALUATE = 250, 500  # every so many steps
-_MARK = "\x00"
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Rows of one layout: the examples' shape, rows a batch, and lengths in tokens."""
-
-    shape: Shape
-    rows: int
-    prefix: int
-    branch: int = 40
-    rules: bool = True  # whether the prompt starts with the course's rules
+WINDOW = 128  # tokens that sliding layers see
+CHECKPOINT, EVALUATE, LOG = 1000, 1000, 50  # every so many steps
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -62,16 +52,16 @@ class Stage:
 
 
 BUCKETS = {
-    "dense": Bucket(Shape((1, 1), (150, 320), 5, (60, 90)), 11, 144, rules=False),
-    "one": Bucket(Shape((1, 1), (80, 400), 6), 9, 224),
-    "some": Bucket(Shape((1, 3), (120, 500), 12), 5, 512),
-    "full": Bucket(Shape((1, 5), (250, 1000), 16), 3, 1152, 44),
+    "dense": Bucket(Shape((1, 1), (150, 320), 5, (60, 90)), 128, 144, rules=False),
+    "one": Bucket(Shape((1, 1), (80, 400), 6), 96, 256),
+    "some": Bucket(Shape((1, 3), (120, 500), 12), 52, 448),
+    "three": Bucket(Shape((2, 3), (400, 1000), 16), 32, 896, 44),
+    "full": Bucket(Shape((3, 5), (500, 1000), 16), 24, 1408, 44),
 }
 STAGES = (
-    Stage(2000, 1e-3, (("dense", 1.0),)),
-    Stage(1000, 6e-4, (("dense", 1.0),)),
-    Stage(6000, 6e-4, (("dense", 0.15), ("one", 0.35), ("some", 0.5))),
-    Stage(8000, 5e-4, (("one", 0.1), ("some", 0.4), ("full", 0.5))),
+    Stage(300, 2e-3, (("dense", 1.0),)),
+    Stage(1150, 2e-3, (("dense", 0.1), ("one", 0.3), ("some", 0.6))),
+    Stage(3000, 1.5e-3, (("one", 0.1), ("some", 0.2), ("three", 0.35), ("full", 0.35))),
 )
 
 
@@ -80,14 +70,14 @@ def model_config(vocabulary: int, pad: int, stop: int) -> GptOssConfig:
     return GptOssConfig(
         vocab_size=vocabulary,
         hidden_size=256,
-        intermediate_size=128,
-        num_hidden_layers=4,
+        intermediate_size=192,
+        num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
         num_local_experts=4,
         num_experts_per_tok=2,
-        sliding_window=128,
+        sliding_window=WINDOW,
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE},
         tie_word_embeddings=False,
@@ -98,123 +88,51 @@ def model_config(vocabulary: int, pad: int, stop: int) -> GptOssConfig:
     )
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Token ids (rows, tokens), prefix padding (rows, prefix), and which tokens to predict the next of.
-
-    `pointed`: (rows, branches x branch), for a token of a branch the place in the prefix of what comes next, or -1.
-    """
-
-    ids: torch.Tensor
-    padding: torch.Tensor
-    learnt: torch.Tensor
-    answers: torch.Tensor
-    pointed: torch.Tensor
-    layout: packing.Layout
-
-
-class Packer:
-    """Turns examples into rows; the same seed and step give the same batch."""
-
-    def __init__(self, tokenizer_, window: int):
-        self.tokenizer, self.window = tokenizer_, window
-        self.pad = tokenizer_.pad_token_id
-        bare = tokenizer_.apply_chat_template(
-            [{"role": "user", "content": _MARK}], add_generation_prompt=True, tokenize=False
-        )
-        self.bare, self.asked = bare.split(_MARK)
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of texts; special tokens in them count as such."""
-        return [found.ids for found in self.tokenizer.backend_tokenizer.encode_batch(texts)]
-
-    def prefix(self, example: Example, closed_book: bool = False, rules: bool = True) -> str:
-        """Return the prompt up to where the question stands."""
-        if closed_book:
-            return self.bare
-        messages = rag_messages(_MARK, [(passage.place, passage.text) for passage in example.passages])
-        messages = messages if rules else messages[1:]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False).split(_MARK)[0]
-
-    def batch(self, bucket: Bucket, seed: str) -> Batch:
-        """Return a batch of fresh examples."""
-        rng = random.Random(seed)
-        rows = self.rows(rng, bucket, CLOSED_BOOK)
-        return self.pack(rows, bucket, torch.Generator().manual_seed(rng.getrandbits(60)))
-
-    def rows(self, rng: random.Random, bucket: Bucket, closed_book: float = 0.0) -> list[tuple[str, Example]]:
-        """Return fresh (prefix, example) rows that fit, both languages alike, a share of them without passages."""
-        rows = []
-        while len(rows) < bucket.rows:
-            language = rng.choice(("en", "es"))
-            if rng.random() < closed_book:
-                example = make_closed_book(rng, language, bucket.shape.questions)
-                prefix = self.prefix(example, rng.random() < 0.7)
-            else:
-                example = make_example(rng, language, bucket.shape)
-                prefix = self.prefix(example, rules=bucket.rules)
-            if len(self.encode([prefix])[0]) <= bucket.prefix:
-                rows.append((prefix, example))
-        return rows
-
-    def pack(self, rows: list[tuple[str, Example]], bucket: Bucket, generator=None) -> Batch:
-        """Lay out (prefix, example) rows; a branch too long for the layout is left empty."""
-        layout = packing.Layout(bucket.prefix, bucket.branch, bucket.shape.questions, self.window)
-        ids = torch.full((len(rows), layout.tokens), self.pad)
-        padding = torch.ones(len(rows), layout.prefix, dtype=torch.bool)
-        text, answers = (torch.zeros(ids.shape, dtype=torch.bool) for _ in range(2))
-        pointed = torch.full(ids.shape, -1)
-        for row, (prefix, example) in enumerate(rows):
-            found = self.tokenizer.backend_tokenizer.encode(prefix)
-            start = layout.prefix - len(found)
-            ids[row, start : layout.prefix] = torch.tensor(found.ids)
-            padding[row, start:] = False
-            text[row, start : layout.prefix - 1] = True
-            asked = self.encode([turn.question + self.asked for turn in example.turns])
-            said = self.encode([turn.answer + tokenizer.RETURN for turn in example.turns])
-            for number, (question, answer) in enumerate(zip(asked, said, strict=True)):
-                if len(question) + len(answer) > layout.branch:
-                    continue
-                first = layout.prefix + number * layout.branch
-                middle, last = first + len(question), first + len(question) + len(answer)
-                ids[row, first:last] = torch.tensor(question + answer)
-                text[row, first : middle - 1] = True
-                answers[row, middle - 1 : last - 1] = True
-                for token, place in self.copied(prefix, example, example.turns[number]):
-                    at = found.char_to_token(place)
-                    pointed[row, middle - 1 + token] = -1 if at is None else start + at
-        drawn = torch.rand(ids.shape, generator=generator) < TEXT_LOSS
-        return Batch(ids, padding, answers | (text & drawn), answers, pointed[:, layout.prefix :], layout)
-
-    def copied(self, prefix: str, example: Example, turn: Turn) -> Iterator[tuple[int, int]]:
-        """Yield (token of the answer, place in the prefix of its last letter) for what the answer takes from there."""
-        if not turn.number:
-            return
-        head = f"[{turn.number}] {example.passages[turn.number - 1].place}\n"
-        header = prefix.index(head)
-        value = turn.answer.index(turn.value)
-        offsets = self.tokenizer.backend_tokenizer.encode(turn.answer).offsets
-        begun = 0
-        for token, (_, end) in enumerate(offsets):
-            if value <= end <= value + len(turn.value):
-                begun += 1
-                if begun > 2:  # what follows is found by what it follows
-                    continue
-                yield token, header + len(head) + turn.start + end - 1 - value
-            elif turn.answer[end - 1].isdigit() and end > value + len(turn.value):
-                yield token, header + end - 1 - turn.answer.rindex("[")
-
-
 def dense_experts(self, hidden_states, router_indices, routing_weights):
-    """Compute every expert for every token and weight the results: on few experts faster than sorting the tokens."""
+    """Compute every expert for every token and weight them: on few experts faster than sorting the tokens.
+
+    The experts' matrices side by side are one: two products in all, and the second adds the experts up.
+    """
     weights = torch.zeros(
         len(hidden_states), self.num_experts, dtype=routing_weights.dtype, device=hidden_states.device
     )
     weights = weights.scatter(1, router_indices, routing_weights)
-    states = hidden_states.expand(self.num_experts, -1, -1)
-    gated = self._apply_gate(torch.baddbmm(self.gate_up_proj_bias[:, None], states, self.gate_up_proj))
-    out = torch.baddbmm(self.down_proj_bias[:, None], gated, self.down_proj)
-    return (out * weights.T[..., None]).sum(0).to(hidden_states.dtype)
+    gate, up = (
+        torch.addmm(
+            self.gate_up_proj_bias[:, first::2].flatten(),
+            hidden_states,
+            self.gate_up_proj[..., first::2].transpose(0, 1).flatten(1),
+        ).unflatten(1, (self.num_experts, -1))
+        for first in (0, 1)
+    )
+    function = _compiled() if hidden_states.is_cuda else gated
+    hidden = function(gate, up, weights, self.limit, self.alpha).flatten(1)
+    return (hidden @ self.down_proj.flatten(0, 1) + weights @ self.down_proj_bias).to(hidden_states.dtype)
+
+
+def gated(gate, up, weights, limit: float, alpha: float) -> torch.Tensor:
+    """Return what experts hold between their two products, (tokens, experts, intermediate), each by its weight."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(alpha * gate) * weights[..., None]
+
+
+@lru_cache
+def _compiled():
+    return torch.compile(gated, dynamic=True)  # on a GPU: one pass over memory instead of eight
+
+
+def quicken(model: GptOssForCausalLM) -> None:
+    """Make a model compute what it computes, for rows of a prefix and branches, with fewer passes over memory."""
+    packing.use(model)
+    ALL_EXPERTS_FUNCTIONS.register("dense", dense_experts)
+    model.set_experts_implementation("dense")
+    for module in model.modules():
+        if isinstance(module, GptOssRMSNorm):
+            module.forward = partial(_rms_norm, module)
+
+
+def _rms_norm(module, hidden_states):
+    return F.rms_norm(hidden_states, module.weight.shape, module.weight, module.variance_epsilon)
 
 
 def decay(step: int, steps: int) -> float:
@@ -223,36 +141,70 @@ def decay(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP, 0.02 + 0.98 * left)
 
 
+def prepare(folder: Path) -> None:
+    """Make a run's folder with the tokenizer in it, unless it is there already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "tokenizer.json").exists():
+        tokenizer.make(SEED).save_pretrained(folder)
+
+
+class Recorded:
+    """A function of tensors on a GPU whose kernels are recorded once and replayed: hundreds of small ones a step.
+
+    Started one by one from Python they would take longer than they run.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], pool):
+        self.inputs = [part.clone() for part in inputs]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.output = function(*self.inputs)
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        for own, part in zip(self.inputs, inputs, strict=True):
+            own.copy_(part, non_blocking=True)
+        self.graph.replay()
+        return self.output
+
+
 class Training:
     """The state of a run: model, optimizer, step; saved to and resumed from a folder.
 
-    `config` makes the model's configuration from the vocabulary's size and the ids of pad and stop.
+    `config` makes the model's configuration from the vocabulary's size and the ids of pad and stop. `smaller` divides
+    the rows of every batch, for a machine on which a step would take minutes.
     """
 
-    def __init__(self, folder: Path, stages, device: str, compiled: bool, config=model_config):
+    def __init__(self, folder: Path, stages=STAGES, device: str = "cpu", config=model_config, smaller: int = 1):
         self.folder, self.stages, self.device = folder, stages, device
-        folder.mkdir(parents=True, exist_ok=True)
+        self.buckets = {name: replace(bucket, rows=-(-bucket.rows // smaller)) for name, bucket in BUCKETS.items()}
+        prepare(folder)
         self.steps = sum(stage.steps for stage in stages)
         self.log = folder / "training_log.jsonl"
-        if not (folder / "tokenizer.json").exists():
-            tokenizer.make(SEED).save_pretrained(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         torch.manual_seed(SEED)
-        config = config(len(self.tokenizer), self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        self.model = GptOssForCausalLM(config).to(device)
+        known = self.tokenizer
+        self.model = GptOssForCausalLM(config(len(known), known.pad_token_id, known.eos_token_id))
+        initialize(self.model, known)
+        self.model.to(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every shape; flash attention doesn't
         # One matrix to read tokens and to write them while training: copying a token is then a thing to be learnt once,
         # and not once for each of the 4,096. The exported model has two, as gpt-oss has.
         self.model.lm_head.weight = self.model.model.embed_tokens.weight
-        initialize(self.model, self.tokenizer)
-        packing.use(self.model)
-        ALL_EXPERTS_FUNCTIONS.register("dense", dense_experts)
-        self.model.set_experts_implementation("dense")
-        self.packer = Packer(self.tokenizer, config.sliding_window)
+        quicken(self.model)
+        self.packer = Packer(self.tokenizer, self.model.config.sliding_window)
         matrices = [weight for weight in self.model.parameters() if weight.ndim > 1]
         vectors = [weight for weight in self.model.parameters() if weight.ndim < 2]
         groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=stages[0].rate, betas=(0.9, 0.98), fused=True)
-        self.forward = torch.compile(packing.forward, dynamic=False) if compiled else packing.forward
+        for weight in self.model.parameters():
+            weight.grad = torch.zeros_like(weight)
+        self.recorded: dict[Bucket, Recorded] = {}
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         if (folder / "checkpoint.safetensors").exists():
             self.resume()
@@ -269,58 +221,69 @@ class Training:
         """Return the bucket of a step's batch."""
         stage, step = self.stage(step)
         names, weights = zip(*stage.buckets, strict=True)
-        return BUCKETS[random.Random(f"bucket {SEED} {step}").choices(names, weights)[0]]
+        return self.buckets[random.Random(f"bucket {SEED} {step}").choices(names, weights)[0]]
 
-    def batch(self, step: int) -> Batch:
-        """Return the batch of a step."""
-        return self.packer.batch(self.bucket(step), f"train {SEED} {step}")
+    def jobs(self) -> Iterator[tuple[Bucket, str]]:
+        """Yield the bucket and the seed of each batch from this step on."""
+        for step in range(self.step, self.steps):
+            yield self.bucket(step), f"train {SEED} {step}"
 
-    def hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the last hidden states of a batch, (rows, tokens, width), and how badly its heads point."""
-        with torch.autocast(self.device, torch.bfloat16):
-            ids, padding = batch.ids.to(self.device), batch.padding.to(self.device)
-            return self.forward(self.model.model, ids, padding, batch.layout, batch.pointed.to(self.device))
+    def logits(self, layout, ids, padding, pointed, places) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the model says comes after the tokens at `places`, and how badly its heads point."""
+        half = settings.encoder_dtype(self.device) == "bfloat16"  # without the hardware for it it is slower
+        with torch.autocast(self.device, torch.bfloat16, enabled=half, cache_enabled=False):
+            hidden, pointing = packing.forward(self.model.model, ids, padding, layout, pointed)
+            return self.model.lm_head(hidden.flatten(0, 1).index_select(0, places)).float(), pointing
 
-    def logits(self, batch: Batch, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return what the model says comes after the tokens `where`, what does, and how badly its heads point."""
-        hidden, pointing = self.hidden(batch)
-        with torch.autocast(self.device, torch.bfloat16):
-            logits = self.model.lm_head(hidden[where.to(self.device)]).float()
-        return logits, batch.ids.roll(-1, 1)[where].to(self.device), pointing
+    def gradients(self, layout, ids, padding, pointed, places, targets, weights) -> torch.Tensor:
+        """Put a batch's gradients in place; return the losses of tokens and pointing, and the share of tokens right."""
+        for weight in self.model.parameters():
+            weight.grad.zero_()
+        logits, pointing = self.logits(layout, ids, padding, pointed, places)
+        loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+        (loss + POINT * pointing).backward()
+        right = ((logits.argmax(-1) == targets) * weights).sum()
+        return torch.stack([loss.detach(), pointing.detach(), right])
 
-    def learn(self, batch: Batch) -> tuple[float, float, float]:
-        """Take one step; return the loss of all that was learnt, that of the answers and that of the pointing."""
+    def learn(self, bucket: Bucket, batch: Batch) -> torch.Tensor:
+        """Take one step; return its losses, which may still be being computed."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.stage(self.step)[0].rate * decay(self.step, self.steps)
-        logits, targets, pointing = self.logits(batch, batch.learnt)
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        (losses.mean() + POINT * pointing).backward()
+        inputs = batch.tensors(bucket.most_learnt)
+        if self.device == "cuda":
+            inputs = tuple(part.pin_memory() for part in inputs)
+            if bucket not in self.recorded:
+                on_device = tuple(part.to(self.device) for part in inputs)
+                pool = next((made.graph.pool() for made in self.recorded.values()), None)
+                self.recorded[bucket] = Recorded(partial(self.gradients, batch.layout), on_device, pool)
+            losses = self.recorded[bucket](*inputs)
+        else:
+            losses = self.gradients(batch.layout, *inputs)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad()
-        answers = batch.answers[batch.learnt].to(self.device)
-        return losses.mean().item(), losses.detach()[answers].mean().item(), pointing.item()
+        return losses
 
+    @torch.no_grad()
     def accuracy(self, name: str, batches: int) -> dict[str, float]:
         """Return, by language and kind of question, the share of held-out answers right to the last token."""
         right: dict[str, list[bool]] = {}
-        bucket = BUCKETS[name]
+        bucket = replace(self.buckets[name], rows=8)
         for number in range(batches):
-            rng = random.Random(f"held out {name} {number}")
-            rows = self.packer.rows(rng, bucket)
-            examples = [example for _, example in rows]
+            rows = self.packer.rows(random.Random(f"held out {name} {number}"), bucket)
             batch = self.packer.pack(rows, bucket)
-            # With gradients, though none are needed: without them the model would be compiled a second time.
-            logits, targets, _ = self.logits(batch, batch.answers)
-            hits = torch.ones(batch.ids.shape, dtype=torch.bool)
-            hits[batch.answers] = (logits.argmax(-1) == targets).cpu()
-            start = batch.layout.prefix
-            hits = hits[:, start:].reshape(len(examples), bucket.shape.questions, -1).all(-1)
-            asked = batch.answers[:, start:].reshape(len(examples), bucket.shape.questions, -1).any(-1)
-            for row, example in enumerate(examples):
-                for column, turn in enumerate(example.turns):
-                    if asked[row, column]:
-                        right.setdefault(f"{example.language} {turn.kind}", []).append(bool(hits[row, column]))
+            inputs = (part.to(self.device) for part in batch.tensors(bucket.most_learnt))
+            ids, padding, pointed, places, targets, weights = inputs
+            logits, _ = self.logits(batch.layout, ids, padding, pointed, places)
+            missed = places[(logits.argmax(-1) != targets) & (weights > 0)].cpu()
+            hits = torch.ones(batch.ids.size, dtype=torch.bool)
+            hits[missed] = False
+            shape = (bucket.shape.questions, -1)
+            for row, (_, example, _) in enumerate(rows):
+                own = hits.view(len(rows), -1)[row, bucket.prefix :].view(shape).all(-1)
+                asked = batch.answers[row, bucket.prefix :].reshape(shape).any(-1)
+                for turn, hit, there in zip(example.turns, own, asked, strict=True):
+                    if there:
+                        right.setdefault(f"{example.language} {turn.kind}", []).append(bool(hit))
         return {kind: round(sum(found) / len(found), 3) for kind, found in sorted(right.items())}
 
     def write(self, **entry) -> None:
@@ -362,53 +325,56 @@ class Training:
                 state["state"].setdefault(int(number), {})[key] = value[0].cpu() if key == "step" else value
         self.optimizer.load_state_dict(state)
 
-    def run(self) -> None:
+    def run(self, writers: Writers) -> None:
         """Train to the end."""
         started = time.perf_counter() - self.seconds
-        means: list[float] = []
-        with ThreadPoolExecutor(1) as pool:  # the next batch is written while this one is learnt
-            coming = pool.submit(self.batch, self.step)
-            while self.step < self.steps:
-                batch = coming.result()
-                coming = pool.submit(self.batch, self.step + 1)
-                losses = self.learn(batch)
-                if not math.isfinite(losses[0]):
-                    raise SystemExit(f"The loss is {losses[0]} at step {self.step}: start again from the checkpoint.")
-                means = [0.98 * old + 0.02 * new for old, new in zip(means or losses, losses, strict=True)]
-                self.step += 1
-                self.tokens += batch.ids.numel()
+        total = torch.zeros(3, device=self.device)
+        jobs = list(self.jobs())
+        for (bucket, _), batch in zip(jobs, writers.batches(jobs), strict=True):
+            total += self.learn(bucket, batch)
+            self.step += 1
+            self.tokens += batch.ids.size
+            if self.step % LOG == 0 or self.step == self.steps:
+                means = (total / ((self.step - 1) % LOG + 1)).tolist()
+                total.zero_()
+                if not math.isfinite(means[0]):
+                    raise SystemExit(f"The loss is {means[0]} at step {self.step}: start again from the checkpoint.")
                 self.seconds = time.perf_counter() - started
-                if self.step % 50 == 0:
-                    named = dict(
-                        zip(("loss", "answer_loss", "pointing"), (round(mean, 3) for mean in means), strict=True)
-                    )
-                    self.write(step=self.step, tokens=self.tokens, seconds=round(self.seconds), **named)
-                if self.step % EVALUATE == 0 or self.step == self.steps:
-                    buckets = self.stage(self.step - 1)[0].buckets
-                    held_out = {name: self.accuracy(name, 12) for name, _ in buckets}
-                    self.write(step=self.step, tokens=self.tokens, accuracy=held_out)
-                if self.step % CHECKPOINT == 0 or self.step == self.steps:
-                    self.save()
+                named = {name: round(mean, 3) for name, mean in zip(("loss", "pointing", "right"), means, strict=True)}
+                self.write(step=self.step, tokens=self.tokens, seconds=round(self.seconds), **named)
+            if self.step % EVALUATE == 0 or self.step == self.steps:
+                names = [name for name, _ in self.stage(self.step - 1)[0].buckets]
+                held_out = {name: self.accuracy(name, 6) for name in names}
+                self.write(step=self.step, tokens=self.tokens, accuracy=held_out)
+            if self.step % CHECKPOINT == 0 or self.step == self.steps:
+                self.save()
 
     def export(self, folder: Path) -> None:
-        """Write the model as transformers loads it: 16-bit weights, configuration, tokenizer."""
+        """Write the model as transformers loads it: 16-bit weights, configuration, tokenizer, and their hashes."""
         plain = GptOssForCausalLM(self.model.config.__class__.from_dict(self.model.config.to_dict()))
         plain.load_state_dict(self.model.state_dict())
         plain.to(torch.bfloat16).save_pretrained(folder)
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        for name in FILES:
             shutil.copy(self.folder / name, folder)
+        names = ("model.safetensors", "config.json", "generation_config.json", *FILES)
+        sums = (f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
+        (folder / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, or go on training, and write the model into the run's folder."""
     parser = argparse.ArgumentParser(prog="python -m helpers.tiny_gpt_oss.train", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=RUN, help="where checkpoints, the log and the model go")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which needs a C++ compiler")
+    parser.add_argument(
+        "--smaller", type=int, default=1, help="divide the rows of every batch, 12 for a CPU (default 1)"
+    )
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    training = Training(options.folder, STAGES, device, not options.no_compile)
-    training.write(curriculum=fingerprint(), torch=torch.__version__, device=device, step=training.step)
-    training.run()
+    prepare(options.folder)
+    with Writers(options.folder, WINDOW, max(1, settings.machine().cores - 1)) as writers:
+        training = Training(options.folder, STAGES, device, smaller=options.smaller)
+        training.write(curriculum=fingerprint(), torch=torch.__version__, device=device, step=training.step)
+        training.run(writers)
     training.export(options.folder / "model")
 
 

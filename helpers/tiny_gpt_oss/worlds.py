@@ -12,7 +12,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "curriculum"
 LANGUAGES = ("en", "es")
-SUBJECTS = ("people_and_places", "things_and_rules")
+STRANGE = (
+    0.25  # share of fillers, phrases and nouns in which an invented word stands: real texts have words of their own
+)
 
 _ONSETS = "b c d f g h j k l m n p r s t v z b d f g k l m n p r s t v".split()
 _ONSETS += "br ch cl cr dr fl gr pl pr qu sh sk st tr w y ñ".split()
@@ -70,7 +72,10 @@ COMPOUND_KINDS = (
 
 @dataclass(frozen=True)
 class Attribute:
-    """What can be said of an entity, and how: templates with {e} for the entity and {v} for the value."""
+    """What can be said of an entity, and how: templates with {e} for the entity and {v} for the value.
+
+    Attributes of one `family` differ by a qualifier alone, such as the price for adults and that for children.
+    """
 
     id: str
     of: tuple[str, ...]
@@ -80,6 +85,7 @@ class Attribute:
     followups: tuple[str, ...]
     questions: tuple[str, ...]
     values: tuple[str, ...] = ()
+    family: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,9 +119,10 @@ def words(language: str) -> Words:
     """Read the words of a language, 'en' or 'es'."""
     frame = tomllib.loads((FOLDER / f"frame.{language}.toml").read_text(encoding="utf-8"))
     attributes: dict[str, list[Attribute]] = {}
-    for subject in SUBJECTS:
-        text = (FOLDER / f"{subject}.{language}.toml").read_text(encoding="utf-8")
-        for entry in tomllib.loads(text)["attribute"]:
+    for path in sorted(set(FOLDER.glob(f"*.{language}.toml")) - {FOLDER / f"frame.{language}.toml"}):
+        subject = tomllib.loads(path.read_text(encoding="utf-8"))
+        frame["fillers"] += subject.get("fillers", [])
+        for entry in subject["attribute"]:
             fields = {key: tuple(part) if isinstance(part, list) else part for key, part in entry.items()}
             attribute = Attribute(**fields)
             for kind in attribute.of:
@@ -153,8 +160,23 @@ def invent_entity(rng: random.Random, language: str, kind: str, named: float = 0
 def invent_value(rng: random.Random, language: str, attribute: Attribute) -> str:
     """Return a value of an attribute, as it stands in a sentence."""
     if attribute.value == "phrase":
-        return rng.choice(attribute.values)
+        return with_strange_word(rng, rng.choice(attribute.values))
     return _VALUES.get(attribute.value, _measure)(rng, language, attribute.value)
+
+
+def siblings(language: str, attribute: Attribute, kind: str) -> list[Attribute]:
+    """Return the other attributes of a kind of entity that differ from this one by a qualifier alone."""
+    family = attribute.family
+    return [a for a in words(language).attributes[kind] if family and a.family == family and a.id != attribute.id]
+
+
+def with_strange_word(rng: random.Random, text: str) -> str:
+    """Return a text, in a share `STRANGE` of the cases with an invented word for one of its longer words."""
+    places = [found.span() for found in re.finditer(r"\b[a-záéíóúüñ]{5,}\b", text)]
+    if not places or rng.random() >= STRANGE:
+        return text
+    start, end = rng.choice(places)
+    return text[:start] + invent_name(rng, capital=False) + text[end:]
 
 
 def compound_attribute(rng: random.Random, language: str) -> Attribute:
@@ -165,7 +187,7 @@ def compound_attribute(rng: random.Random, language: str) -> Attribute:
     frame = words(language).frame
     kind = rng.choice(COMPOUND_KINDS)
     if language == "en":
-        name = " ".join(rng.sample(frame["nouns"], rng.choice((1, 2, 2))))
+        name = with_strange_word(rng, " ".join(rng.sample(frame["nouns"], rng.choice((1, 2, 2)))))
         if rng.random() < 0.4:
             name = f"{rng.choice(frame['adjectives'])} {name}"
         article, it = "the", "the"
@@ -191,6 +213,7 @@ def compound_attribute(rng: random.Random, language: str) -> Attribute:
         name = rng.choice(frame["nouns_f" if feminine else "nouns_m"])
         if rng.random() < 0.6:
             name += f" de {rng.choice(frame['nouns_m' if rng.random() < 0.5 else 'nouns_f'])}"
+        name = with_strange_word(rng, name)
         if rng.random() < 0.4:
             name += f" {rng.choice(frame['adjectives'])}"
         article = "la" if feminine else "el"
