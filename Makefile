@@ -35,8 +35,9 @@ lab: $(READY)
 	  --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
 	  notebooks/00_start_here.ipynb
 
+# Two tests at a time, on two cores (pytest-xdist).
 test: $(READY)
-	@$(REPEATABLE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@$(REPEATABLE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 run: $(READY)
 	@$(REPEATABLE) $(BIN)/python tests/tools/run_notebooks.py

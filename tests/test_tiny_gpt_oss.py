@@ -17,7 +17,7 @@ from helpers.chunking import load_documents
 from helpers.evaluation import load_questions
 from helpers.generation import is_refusal, rag_messages
 from helpers.llms import PromptTooLong, check_weights, load_llm
-from helpers.tiny_gpt_oss import packing, tokenizer, train, worlds
+from helpers.tiny_gpt_oss import packing, prose, tokenizer, train, worlds
 from helpers.tiny_gpt_oss.batches import Bucket, Packer, Writers
 from helpers.tiny_gpt_oss.curriculum import REFUSAL, UNKNOWN, Shape, fingerprint, make_closed_book, make_example
 from helpers.tiny_gpt_oss.initialization import initialize
@@ -104,6 +104,37 @@ def test_every_template_has_its_places(language):
     assert len(ids) > 150
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_passage_of_prose_answers_its_questions_word_for_word(language):
+    collection = prose.collection(language)
+    assert len(collection) > 100 and len({passage.text for passage in collection}) == len(collection)
+    for passage in collection:
+        assert len(passage.questions) >= 9 and len(passage.missing) >= 4, passage.text[:60]
+        for seed in range(3):
+            filled = prose.fill_slots(random.Random(seed), language, passage)
+            assert 400 < len(filled.text) < 1300 and "{" not in repr(filled), filled.text
+            for question, answer in filled.questions:
+                assert answer in filled.text, (question, answer)
+
+
+def test_examples_of_prose_are_like_the_others():
+    kinds = []
+    for number in range(200):
+        language = LANGUAGES[number % 2]
+        example = prose.make_prose(random.Random(f"prose {number}"), language, Shape((1, 3), (500, 1000), 6))
+        assert example == prose.make_prose(random.Random(f"prose {number}"), language, Shape((1, 3), (500, 1000), 6))
+        for turn in example.turns:
+            kinds.append(turn.kind)
+            if turn.kind == "value":
+                text = example.passages[turn.number - 1].text
+                assert text[turn.start :].startswith(turn.value) and turn.answer.endswith(
+                    f"{turn.value} [{turn.number}]."
+                )
+            else:
+                assert turn.answer == REFUSAL[language]
+    assert 0.15 < kinds.count("unanswerable") / len(kinds) < 0.3
+
+
 def test_spanish_contracts_and_sentences_begin_with_a_capital():
     assert fill("{e} pesa {v}.", "es", "la bomba", "3 kg") == "La bomba pesa 3 kg."
     assert fill("el peso de {e} es {v}.", "es", "el horno", "3 kg") == "El peso del horno es 3 kg."
@@ -130,9 +161,18 @@ def test_nothing_of_the_documents_or_the_questions_is_in_ten_thousand_worlds():
         said = "\n".join([passage.text for passage in example.passages] + [turn.question for turn in example.turns])
         found |= runs(said) & known
         made |= {word.lower() for word in split(said) if word.istitle()}  # a code such as MR-1234 is no name
+    for passage in (passage for language in LANGUAGES for passage in prose.collection(language)):
+        filled = prose.fill_slots(random.Random(1), language_of(passage), passage)
+        said = "\n".join([filled.text, *filled.missing, *(question for question, _ in filled.questions)])
+        found |= runs(said) & known
+        made |= {word.lower() for word in split(re.sub(r"\{[^}]*\}", "", passage.text)) if word.istitle()} - lower
     assert not found
     # A common noun of the templates that is a name in the documents (a lantern, the Lantern) is no name here.
     assert not names & made - {word.lower() for word in templates}
+
+
+def language_of(passage):
+    return "es" if passage in prose.collection("es") else "en"
 
 
 def split(text):

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from helpers.generation import rag_messages
 from helpers.tiny_gpt_oss import packing, tokenizer
 from helpers.tiny_gpt_oss.curriculum import Example, Shape, Turn, make_closed_book, make_example
+from helpers.tiny_gpt_oss.prose import make_prose
 
 TEXT_LOSS = 0.03  # share of the tokens outside answers that are learnt: drawn anew for each batch
 ANSWER = 20  # tokens of an answer, at the most and on the average of a batch
@@ -38,6 +39,7 @@ class Bucket:
     prefix: int
     branch: int = 40
     rules: bool = True  # whether the prompt starts with the course's rules
+    prose: float = 0.0  # share of rows with whole passages of prose
 
     @property
     def most_learnt(self) -> int:
@@ -116,7 +118,8 @@ class Packer:
                 example = make_closed_book(rng, language, bucket.shape.questions)
                 prefix = self.prefix(example, rng.random() < 0.7)
             else:
-                example = make_example(rng, language, bucket.shape)
+                make = make_prose if bucket.prose and rng.random() < bucket.prose else make_example
+                example = make(rng, language, bucket.shape)
                 prefix = self.prefix(example, rules=bucket.rules)
             tokens = self.tokenizer.encode(prefix)
             if len(tokens) <= bucket.prefix:

@@ -121,15 +121,14 @@ def _try_example(rng, language, shape) -> Example | None:
     drafts, disagreement = _plan(rng, language, shape)
     payload = ""
     if rng.random() < PLANTED:
-        frame = words(language).frame
-        payload = rng.choice(frame["payloads"])
-        rng.choice(drafts).planted = rng.choice(frame["instructions"]).format(p=payload)
+        instruction, payload = planted(rng, language)
+        rng.choice(drafts).planted = instruction
     for draft in drafts:
         _write(rng, language, draft, rng.randint(*shape.characters))
     if not any(draft.spans for draft in drafts):  # every fact was cut in two
         return None
     rng.shuffle(drafts)
-    passages = tuple(Passage(_place(rng, language, draft.year), draft.text) for draft in drafts)
+    passages = tuple(Passage(invent_place(rng, language, draft.year), draft.text) for draft in drafts)
     stated = [
         (fact, literal, number, place)
         for number, draft in enumerate(drafts, 1)
@@ -138,6 +137,13 @@ def _try_example(rng, language, shape) -> Example | None:
     unasked: list[tuple[Fact, str, int, int]] = []
     turns = tuple(_ask(rng, language, drafts, stated, unasked, disagreement) for _ in range(shape.questions))
     return Example(language, passages, turns, payload)
+
+
+def planted(rng: random.Random, language: str) -> tuple[str, str]:
+    """Return an instruction that must not be obeyed, and what it wants answered."""
+    frame = words(language).frame
+    payload = rng.choice(frame["payloads"])
+    return rng.choice(frame["instructions"]).format(p=payload), payload
 
 
 def make_closed_book(rng: random.Random, language: str, questions: int) -> Example:
@@ -334,15 +340,21 @@ def _unanswerable(rng, language, drafts) -> str:
 
 
 def _question(rng, language, fact) -> str:
-    text = fill(rng.choice(fact.attribute.questions), language, fact.entity)
-    if rng.random() < 0.12:  # as people type
-        text = text.lower().strip("¿?. ") if rng.random() < 0.5 else text.strip("¿?. ")
+    return as_typed(rng, language, fill(rng.choice(fact.attribute.questions), language, fact.entity))
+
+
+def as_typed(rng: random.Random, language: str, question: str) -> str:
+    """Return a question, now and then as people type: without capitals, marks or accents."""
+    if rng.random() < 0.12:
+        question = question.lower().strip("¿?. ") if rng.random() < 0.5 else question.strip("¿?. ")
         if language == "es" and rng.random() < 0.5:
-            text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
-    return text
+            letters = unicodedata.normalize("NFD", question)
+            question = "".join(c for c in letters if unicodedata.category(c) != "Mn")
+    return question
 
 
-def _place(rng, language, year) -> str:
+def invent_place(rng: random.Random, language: str, year: int) -> str:
+    """Return where a passage stands, such as 'fares_2019.pdf, p. 3'; with the year it is of, 0 for none."""
     stem = rng.choice(words(language).frame["file_stems"])
     year = year if year and rng.random() < 0.7 else rng.choice((0, 0, year))
     return f"{stem}{f'_{year}' if year else ''}.{rng.choice(('pdf', 'txt'))}, p. {rng.randint(1, 40)}"

@@ -57,12 +57,16 @@ BUCKETS = {
     "some": Bucket(Shape((1, 3), (120, 500), 12), 52, 448),
     "three": Bucket(Shape((2, 3), (400, 1000), 16), 32, 896, 44),
     "full": Bucket(Shape((3, 5), (500, 1000), 16), 24, 1408, 44),
+    "prose": Bucket(Shape((1, 1), (500, 1000), 10), 48, 512, 44, prose=1.0),
+    "prose three": Bucket(Shape((2, 3), (600, 1000), 16), 24, 1280, 44, prose=1.0),
 }
 STAGES = (
     Stage(300, 2e-3, (("dense", 1.0),)),
     Stage(1150, 2e-3, (("dense", 0.1), ("one", 0.3), ("some", 0.6))),
     Stage(3000, 1.5e-3, (("one", 0.1), ("some", 0.2), ("three", 0.35), ("full", 0.35))),
 )
+# Going on from shipped weights: prose as it is, and enough of the rest that it isn't forgotten.
+PROSE_STAGES = (Stage(2500, 6e-4, (("prose", 0.35), ("prose three", 0.35), ("some", 0.1), ("full", 0.2))),)
 
 
 def model_config(vocabulary: int, pad: int, stop: int) -> GptOssConfig:
@@ -177,10 +181,11 @@ class Training:
     """The state of a run: model, optimizer, step; saved to and resumed from a folder.
 
     `config` makes the model's configuration from the vocabulary's size and the ids of pad and stop. `smaller` divides
-    the rows of every batch, for a machine on which a step would take minutes.
+    the rows of every batch, for a machine on which a step would take minutes. `weights` is the folder of a model to go
+    on from, instead of from nothing.
     """
 
-    def __init__(self, folder: Path, stages=STAGES, device: str = "cpu", config=model_config, smaller: int = 1):
+    def __init__(self, folder: Path, stages=STAGES, device: str = "cpu", config=model_config, smaller=1, weights=None):
         self.folder, self.stages, self.device = folder, stages, device
         self.buckets = {name: replace(bucket, rows=-(-bucket.rows // smaller)) for name, bucket in BUCKETS.items()}
         prepare(folder)
@@ -190,7 +195,10 @@ class Training:
         torch.manual_seed(SEED)
         known = self.tokenizer
         self.model = GptOssForCausalLM(config(len(known), known.pad_token_id, known.eos_token_id))
-        initialize(self.model, known)
+        if weights:
+            self.model.load_state_dict(load_file(weights / "model.safetensors"))
+        else:
+            initialize(self.model, known)
         self.model.to(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every shape; flash attention doesn't
         # One matrix to read tokens and to write them while training: copying a token is then a thing to be learnt once,
@@ -368,11 +376,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--smaller", type=int, default=1, help="divide the rows of every batch, 12 for a CPU (default 1)"
     )
+    parser.add_argument("--go-on", action="store_true", help="from the shipped weights, with whole passages of prose")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prepare(options.folder)
     with Writers(options.folder, WINDOW, max(1, settings.machine().cores - 1)) as writers:
-        training = Training(options.folder, STAGES, device, smaller=options.smaller)
+        stages, weights = (PROSE_STAGES, settings.TINY_GPT_OSS) if options.go_on else (STAGES, None)
+        training = Training(options.folder, stages, device, smaller=options.smaller, weights=weights)
         training.write(curriculum=fingerprint(), torch=torch.__version__, device=device, step=training.step)
         training.run(writers)
     training.export(options.folder / "model")

@@ -164,6 +164,15 @@ def invent_value(rng: random.Random, language: str, attribute: Attribute) -> str
     return _VALUES.get(attribute.value, _measure)(rng, language, attribute.value)
 
 
+def invent(rng: random.Random, language: str, kind: str) -> str:
+    """Return a value of a kind; beside those of attributes, 'given' and 'name' are single names, 'small' a number."""
+    if kind in ("given", "name"):
+        return invent_name(rng)
+    if kind == "small":
+        return rng.choice(_SMALL[language]) if rng.random() < 0.6 else str(rng.randint(2, 30))
+    return _VALUES.get(kind, _measure)(rng, language, kind)
+
+
 def siblings(language: str, attribute: Attribute, kind: str) -> list[Attribute]:
     """Return the other attributes of a kind of entity that differ from this one by a qualifier alone."""
     family = attribute.family
@@ -240,11 +249,14 @@ def compound_attribute(rng: random.Random, language: str) -> Attribute:
 def fill(template: str, language: str, entity: str = "", value: str = "") -> str:
     """Return a template with its entity and value, capitalised; in Spanish 'de el' and 'a el' are contracted."""
     text = template.replace("{e}", entity)
-    if language == "es":
-        text = re.sub(r"\b([Dd]e|[Aa]) el (?=\S)", lambda found: "del " if found[1] in "Dede" else "al ", text)
-    text = text.replace("{v}", value)
+    text = (contracted(text) if language == "es" else text).replace("{v}", value)
     start = next((place for place, letter in enumerate(text) if letter.isalnum()), 0)
     return text[:start] + text[start].upper() + text[start + 1 :]
+
+
+def contracted(text: str) -> str:
+    """Return Spanish text with 'de el' and 'a el' as 'del' and 'al'."""
+    return re.sub(r"\b([Dd]e|[Aa]) el (?=\S)", lambda found: "del " if found[1] in "Dede" else "al ", text)
 
 
 def _person(rng, language="", kind=""):
