@@ -12,8 +12,20 @@ from helpers import settings
 
 LEAVE = {"salir", "exit", "quit"}
 SAY = {
-    "en": {"sources": "Sources", "stopped": "Stopped.", "dropped": "Left out, no room", "asked": "Asked"},
-    "es": {"sources": "Fuentes", "stopped": "Detenido.", "dropped": "Omitido, no cabe", "asked": "Pregunta"},
+    "en": {
+        "sources": "Sources",
+        "stopped": "Stopped.",
+        "dropped": "Left out, no room",
+        "asked": "Asked",
+        "invented": "Cited, and not among the passages",
+    },
+    "es": {
+        "sources": "Fuentes",
+        "stopped": "Detenido.",
+        "dropped": "Omitido, no cabe",
+        "asked": "Pregunta",
+        "invented": "Citado, y no está entre los pasajes",
+    },
 }
 YES = {"y", "yes", "s", "si", "sí"}
 CHANGES = {"epochs": int, "learning_rate": float, "rank": int, "batch": int, "max_length": int, "seed": int}
@@ -141,7 +153,8 @@ def _load(options: argparse.Namespace):
     llm = load_llm(options.llm, fallback="tiny" if (settings.TINY_GPT_OSS / "model.safetensors").exists() else "quotes")
     if options.llm == "auto" and sys.stdin.isatty() and sys.stderr.isatty():
         name, gigabytes, memory = settings.OLLAMA_MODELS[0]
-        if not llm.name.startswith("ollama:") and ollama.look().binary and "HELPERS_LLM" not in os.environ:
+        missing = not llm.name.startswith("ollama:") and "HELPERS_LLM" not in os.environ
+        if missing and ollama.look().models is not None:  # it answers, and has no such model
             reply = input(f"Fetch {name} with Ollama ({gigabytes:.0f} GB; it needs {memory:.0f} GB of memory)? [y/N] ")
             if reply.strip().lower() in YES:
                 return load_llm(f"ollama:{name}", pull=True)
@@ -165,6 +178,8 @@ def _show(question: str, given) -> None:
         language = detect_language(question)
         places = dict.fromkeys(f"[{citation.number}] {citation.place(language)}" for citation in given.citations)
         print(f"{say['sources']}: " + "; ".join(places))
+    if given.invented:
+        print(f"{say['invented']}: " + ", ".join(f"[{number}]" for number in given.invented))
     if given.dropped:
         print(f"{say['dropped']}: " + "; ".join(f"{hit.chunk.file}, {hit.chunk.page}" for hit in given.dropped))
     print(f"({settings.format_seconds(sum(given.timings[step] for step in ('retrieve', 'answer')))})")

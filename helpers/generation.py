@@ -34,6 +34,9 @@ REWRITE = (
 )
 _REFUSED = re.compile(r"the passages (?:don[’']t|do not) say|los pasajes no lo dicen|i don[’']t know|no lo sé", re.I)
 _CITED = re.compile(r"\s?\[(\d+)\]")
+# Two passages in one bracket, and the brackets that gpt-oss learnt for browsing, 【1†L3-L5】 (OpenAI's description of
+# the harmony format).
+_BRACKETS = re.compile(r"[\[【]\s*(\d+(?:\s*[,;]\s*\d+)*)\s*(?:†[^\]】]*)?[\]】]")
 
 
 @dataclass(frozen=True)
@@ -162,8 +165,10 @@ def is_refusal(text: str) -> bool:
 def cite(text: str, question: str, hits: Sequence[Hit]) -> tuple[str, tuple[Citation, ...], tuple[int, ...]]:
     """Return the text without citations of passages that weren't given, the others with their quotes, and the invented.
 
-    The quote is the sentence of the passage that supports the sentence of the answer that cites it.
+    The quote is the sentence of the passage that supports the sentence of the answer that cites it. Other forms of
+    citation, '[1, 2]' and '【1†L3】', become '[1][2]' and '[1]' first.
     """
+    text = _BRACKETS.sub(lambda found: "".join(f"[{number}]" for number in re.findall(r"\d+", found[1])), text)
     numbers = [int(number) for number in _CITED.findall(text)]
     invented = tuple(sorted({number for number in numbers if not 1 <= number <= len(hits)}))
     text = _CITED.sub(lambda found: "" if int(found[1]) in invented else found[0], text)

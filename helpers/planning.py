@@ -10,84 +10,19 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
 from helpers import settings
 from helpers.dataset import DatasetReport, check_dataset
 from helpers.four_bit import audit, load_config, training_dtype
+from helpers.settings import PRESETS, Recipe
 
 GIB = 2**30
 NF4_BYTES = 4.127 / 8  # of a weight, its share of the scales included (four_bit.NF4)
 AUTO_SECONDS = 3600  # base="auto" takes no preset that would train longer here
 CHECKPOINTS_KEPT = 2
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The course's settings. `targets`: the layers that get an adapter, of `rank`; `batch`: rows a step.
-
-    `evaluation`: the share of rows that is held out; `patience`: evaluations without progress after which training
-    stops, 0 for never; `checkpoints`: how many a run writes and evaluates.
-    """
-
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.05
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    four_bit: bool = True
-    batch: int = 4
-    learning_rate: float = 2e-4
-    epochs: int = 3
-    max_length: int = 1024
-    evaluation: float = 0.1
-    patience: int = 0
-    checkpoints: int = 12
-    seed: int = 1
-
-    def __post_init__(self):
-        for name in ("rank", "alpha", "batch", "learning_rate", "epochs", "max_length", "checkpoints"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: set it to more than 0.")
-        if not (0 <= self.dropout < 1 and 0 <= self.evaluation < 1):
-            raise ValueError("dropout and evaluation are shares: set them to at least 0 and less than 1.")
-        if self.patience and not self.evaluation:
-            raise ValueError("patience needs an evaluation: set evaluation to more than 0.")
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A base model of the course, how its recipe differs and why; `shape` is what its config.json on the hub says.
-
-    `bfloat16`: it can't be trained in float16.
-    """
-
-    model: str
-    licence: str
-    download_gb: float
-    changes: dict = field(default_factory=dict)
-    why: str = ""
-    shape: dict = field(default_factory=dict)
-    bfloat16: bool = False
-
-
-_GPT_OSS = {"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32}
-_QWEN3 = {
-    "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
-    "max_position_embeddings": 40960, "tie_word_embeddings": True,
-}  # fmt: skip
-_TINY = (
-    "fifteen times the learning rate: an adapter on so narrow matrices moves the output less a step, and steps are "
-    "few; half as many evaluations, which on a CPU take a good part of the time"
-)
-PRESETS = {  # the largest first
-    # In float16 its losses go to infinity (Unsloth, "Long Context gpt-oss Training", 2025).
-    "gpt-oss-20b": Preset("openai/gpt-oss-20b", "Apache-2.0", 13.8, shape=_GPT_OSS, bfloat16=True),
-    "small": Preset("Qwen/Qwen3-0.6B", "Apache-2.0", 1.5, shape=_QWEN3),
-    "tiny": Preset(str(settings.TINY_GPT_OSS), "MIT", 0.0, {"learning_rate": 3e-3, "checkpoints": 6}, _TINY),
-}
 
 
 class PlanRefused(ValueError):

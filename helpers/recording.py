@@ -6,16 +6,16 @@ Notebooks 04 and 06 show them beside what the embedded model answers live.
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
 
 from helpers import settings
-from helpers.evaluation import load_questions
-from helpers.generation import answer
-from helpers.llms import load_llm
-from helpers.retrieval import Retriever
+from helpers.evaluation import Question, load_questions
+from helpers.generation import NOT_THERE, answer, passages_of, rag_messages
+from helpers.llms import LLM, TransformersChat, load_llm
+from helpers.retrieval import Hit, Retriever
 
 
 def record(
@@ -28,7 +28,8 @@ def record(
     """Answer the test questions with the model `name`; return the JSON lines file in `out` that holds the answers.
 
     The first line says with what: model, digest, machine, date. Each line is written as it is answered; a run that was
-    stopped goes on where it was if its first line still fits.
+    stopped goes on where it was if its first line still fits. A row's 'refusal' is the probability that the model gave
+    to saying that the passages don't say; None where it can't be seen.
     """
     llm = load_llm(name)
     asked = load_questions(questions, "test").questions
@@ -57,6 +58,7 @@ def record(
                     "id": question.id,
                     "text": given.text,
                     "refused": given.refused,
+                    "refusal": _refusal(question, given.hits, llm),
                     "cited": [[cited.number, cited.file, cited.page] for cited in given.citations],
                     "invented": list(given.invented),
                     "hits": [[hit.chunk.file, hit.chunk.page] for hit in given.hits],
@@ -69,6 +71,13 @@ def record(
                 progress(number, len(asked))
     os.replace(partial, path)
     return path
+
+
+def _refusal(question: Question, hits: Sequence[Hit], llm: LLM) -> float | None:
+    if not isinstance(llm.chat, TransformersChat):
+        return None
+    messages = rag_messages(question.question, passages_of(hits))
+    return round(llm.chat.probability(messages, NOT_THERE[question.language]), 6)
 
 
 def recorded(folder: Path = settings.RESULTS) -> dict[str, tuple[dict, list[dict]]]:

@@ -35,12 +35,21 @@ def kind_of(question: Question) -> str:
 
 
 def few(questions: Sequence[Question], n: int = 4) -> list[Question]:
-    """Return `n` questions of each kind, spread evenly over those there are: the same each time."""
+    """Return `n` questions of each of the first four kinds, a quarter of them about form: so `n` of the fifth too.
+
+    They are spread evenly over those there are, and the same each time.
+    """
     chosen = []
-    for kind in KINDS:
-        asked = [question for question in questions if kind_of(question) == kind]
-        chosen += [asked[place * len(asked) // n] for place in range(n)] if len(asked) > n else asked
+    for kind in KINDS[:4]:
+        of_kind = [question for question in questions if kind_of(question) == kind]
+        about_form = _spread([question for question in of_kind if question.form], math.ceil(n / 4))
+        others = [question for question in of_kind if not question.form]
+        chosen += about_form + _spread(others, n - len(about_form))
     return chosen
+
+
+def _spread(questions: list[Question], n: int) -> list[Question]:
+    return [questions[place * len(questions) // n] for place in range(n)] if len(questions) > n else questions
 
 
 def said_value(text: str) -> str:

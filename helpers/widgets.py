@@ -116,6 +116,34 @@ def ask_box(retriever: Retriever, llm: LLM | str):
     return ipywidgets.VBox([field, view])
 
 
+def losses_svg(losses: Sequence[Mapping], step: int, steps: int) -> str:
+    """Return HTML that draws losses as `finetuning.train` passes them on: each step grey, evaluations in colour."""
+    size, top = (560, 200), max([entry.get("loss", entry.get("eval_loss")) for entry in losses], default=1.0)
+    lines = []
+    for kind, color, width in (("loss", COLORS["muted"], 1), ("eval_loss", COLORS["fine-tuned"], 3)):
+        points = [(entry["step"] / steps, entry[kind] / top) for entry in losses if kind in entry]
+        places = " ".join(f"{x * size[0]:.0f},{(1 - y) * size[1]:.0f}" for x, y in points)
+        lines.append(f'<polyline points="{places}" fill="none" stroke="{color}" stroke-width="{width}"/>')
+    last = {kind: entry[kind] for entry in losses for kind in ("loss", "eval_loss") if kind in entry}
+    names = {"loss": "training loss", "eval_loss": "evaluation loss"}
+    said = ", ".join(f"{names[kind]} {value:.3f}" for kind, value in last.items())
+    box = f'<svg width="{size[0]}" height="{size[1]}" style="background:white;overflow:visible">'
+    return f"<p>step {step} of {steps}: {said}</p>{box}{''.join(lines)}</svg>"
+
+
+def loss_panel():
+    """Return (panel, watch): a panel that draws the losses of a training as they come, and what `train` is given."""
+    import ipywidgets
+
+    view = ipywidgets.HTML("The curves are drawn here.")
+
+    def watch(losses: list[dict], step: int, steps: int) -> None:
+        if "eval_loss" in losses[-1] or step % max(1, steps // 100) == 0:
+            view.value = losses_svg(losses, step, steps)
+
+    return view, watch
+
+
 def arms_html(question: str, answers: Mapping[str, Answer]) -> str:
     """Return HTML of the answers to a question side by side: a column an arm, named as in `results.ARMS`.
 

@@ -137,6 +137,38 @@ def test_an_answer_that_fails_is_said_and_the_chat_goes_on(chat, server):
     assert talk.leave() == 0
 
 
+def test_the_model_that_is_missing_is_fetched_where_the_person_says_yes(chat, server):
+    del server.models[MODEL]
+    talk = chat()
+    talk.until("Fetch gpt-oss:20b with Ollama (14 GB; it needs 16 GB of memory)? [y/N] ")
+    assert not server.asked("/api/pull")
+    talk.say("sí")
+    talk.until("\n> ")
+    assert len(server.asked("/api/pull")) == 1 and MODEL in server.models
+    talk.say("Who makes the Lumbrera 9?")
+    assert "You asked: Who makes the Lumbrera 9? [1]" in talk.until("s)\r\n")
+    assert chats(server)[-1]["options"]["num_predict"] > 1000  # it thinks first, and that counts
+    assert talk.leave() == 0
+
+
+def test_without_a_yes_nothing_is_fetched_and_what_is_embedded_answers(chat, server):
+    del server.models[MODEL]
+    talk = chat()
+    talk.until("[y/N] ")
+    talk.say("")
+    assert "Model: " in talk.until("\n> ") and not server.asked("/api/pull")
+    assert talk.leave() == 0
+
+
+def test_a_citation_of_a_passage_that_was_not_given_is_said(chat, server):
+    server.say = lambda body: "Nobody [1][9]."
+    talk = chat("--llm", f"ollama:{MODEL}")
+    talk.until("\n> ")
+    talk.say("Who makes it?")
+    assert "Cited, and not among the passages: [9]" in talk.until("s)\r\n")
+    assert talk.leave() == 0
+
+
 def test_the_server_that_chat_started_is_gone_when_it_ends(chat, monkeypatch, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -176,6 +176,9 @@ def test_few_takes_some_of_each_kind_and_the_same_each_time():
     assert len({question.id for question in chosen}) == 16 and few(every) == chosen
     assert {question.language for question in chosen} == {"en", "es"}
     assert few(QUESTIONS) == QUESTIONS
+    for n in (1, 4, 44):
+        assert sum(question.form for question in few(every, n)) == n + -n % 4
+        assert len(few(every, n)) == 4 * n
 
 
 @pytest.mark.parametrize(
@@ -874,7 +877,8 @@ def tool():
 
 def recordings(tool, folder, **options):
     options = {"out": folder / "out", "adapters": folder / "adapters", "seeds": (1, 2), "few": None} | options
-    return tool.Recordings(SimpleNamespace(**{"rows": None, "epochs": None, "prompts": 1} | options), "a command")
+    options = {"rows": None, "epochs": None, "prompts": 1, "parts": tool.PARTS} | options
+    return tool.Recordings(SimpleNamespace(**options), "a command")
 
 
 def test_one_fact_is_changed_in_its_five_rows_and_in_its_document(tool, tmp_path):
@@ -905,12 +909,29 @@ def test_an_adapter_is_kept_only_if_it_is_the_one_that_was_planned(tool, tmp_pat
     assert trained == ["training plain_1"] * 3
 
 
-def test_every_recording_has_its_place_and_the_cheap_ones_come_first(tool, tmp_path):
+def test_every_recording_is_made_and_each_seed_is_compared_when_it_is_trained(tool, tmp_path):
     made, steps = recordings(tool, tmp_path), []
     made.step = lambda what, *_: steps.append(what)
     made.everything()
-    assert steps[0] == "reading, rank 0" and steps[-1] == "comparing the arms"
-    for n in (1, 2, 5):
-        assert steps.count(f"asking phrasings_{n}.jsonl") == steps.count(f"asking phrasings_{n}_same_steps.jsonl") == 1
-    assert {f"reading, rank {rank}" for rank in (0, 1, 4, 16, 64)} <= set(steps)
-    assert {f"training {name}_{seed}" for name in ("plain", "reading") for seed in (1, 2)} <= set(steps)
+    compared = [place for place, step in enumerate(steps) if step == "comparing the arms"]
+    for seed, place in zip((1, 2), compared, strict=True):
+        assert steps[place - 2 : place] == [f"training plain_{seed}", f"training reading_{seed}"]
+    for n in (1, 2, 10):
+        assert steps.count(f"asking phrasings_{n}.jsonl") == 1
+    assert "asking phrasings_1_same_steps.jsonl" in steps and "asking edited.jsonl" in steps
+    assert {f"reading, rank {rank}" for rank in (0, 1, 16, 64)} <= set(steps)
+
+
+def test_only_the_parts_that_are_asked_for_are_made(tool, tmp_path):
+    made, steps = recordings(tool, tmp_path, parts=["edit"]), []
+    made.step = lambda what, *_: steps.append(what)
+    made.everything()
+    assert steps == ["training edited", "asking edited.jsonl"]
+
+
+def test_a_recording_is_made_again_only_with_something_else(tool, tmp_path, capsys):
+    out, head = tmp_path / "phrasings_1.jsonl", {"phrasings": 1, "weights": {"one": "abc"}, "command": "this"}
+    assert not tool.is_made(out, head)
+    tool.write_recording(out, dict(head), [{"id": "1", "right": True}, {"id": "2", "right": False}])
+    assert "right: 1 of 2" in capsys.readouterr().out and [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert tool.is_made(out, head | {"command": "that"}) and not tool.is_made(out, head | {"weights": {"one": "def"}})

@@ -173,6 +173,14 @@ def test_the_quote_is_the_sentence_that_holds_the_claim(retriever):
     ]
 
 
+def test_other_forms_of_citation_are_read_and_invented_ones_are_dropped(retriever):
+    hits = retriever.search("Who feeds the goat?")[:2]
+    for said in ("Nobody 【1†L3-L5】【7】.", "Nobody [1, 7].", "Nobody [1][7]."):
+        text, citations, invented = cite(said, "Who feeds the goat?", hits)
+        assert (text, [cited.number for cited in citations], invented) == ("Nobody [1].", [1], (7,))
+    assert cite("In [brackets] and [2a].", "?", hits)[0] == "In [brackets] and [2a]."
+
+
 def test_auto_takes_the_fallback_and_says_why(monkeypatch):
     monkeypatch.delenv("HELPERS_LLM", raising=False)
     monkeypatch.setenv("PATH", "")

@@ -1,12 +1,14 @@
 """Models behind one interface: transformers in this process, and what the harmony format hides."""
 
 import json
+from pathlib import Path
 
 import pytest
 import stand_in_model
 import torch
 from langchain_core.messages import HumanMessage
 
+from helpers import settings
 from helpers.generation import rag_messages
 from helpers.llms import FINAL, LLM, PromptTooLong, TransformersChat, estimate_tokens, load_llm
 
@@ -30,6 +32,14 @@ def test_it_says_what_transformers_own_generation_says(llm):
     assert list(llm.chat.tokens(prompt)) == [token for token in expected if token != llm.chat.tokenizer.eos_token_id]
 
 
+def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(llm, monkeypatch):
+    prompt = llm.chat.prompt(MESSAGES)
+    whole, sure = list(llm.chat.tokens(prompt)), llm.chat.probability(MESSAGES, "The passages")
+    monkeypatch.setattr("helpers.llms.READ_AT_ONCE", 7)  # its window is 16 tokens
+    assert list(llm.chat.tokens(prompt)) == whole
+    assert llm.chat.probability(MESSAGES, "The passages") == pytest.approx(sure, rel=1e-4)
+
+
 def test_the_stream_is_the_answer_in_pieces(llm):
     pieces = list(llm.stream(MESSAGES))
     whole = llm.chat.invoke([HumanMessage("x")]).content
@@ -49,6 +59,16 @@ def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(llm):
     assert llm.context == 256
     with pytest.raises(PromptTooLong, match=r"The prompt has \d{3,} tokens and the model's context is 256"):
         list(llm.stream([{"role": "user", "content": "light " * 300}]))
+
+
+def test_the_probability_of_a_text_is_the_product_over_its_tokens(llm):
+    chat, text = llm.chat, "The passages"
+    prompt, said = chat.prompt(MESSAGES), chat._encode(text)
+    expected = 1.0
+    for number, token in enumerate(said):
+        ids = torch.tensor([chat._encode(prompt) + said[:number]])
+        expected *= chat.model(ids).logits[0, -1].softmax(-1)[token].item()
+    assert chat.probability(MESSAGES, text) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_reader_that_stops_stops_the_model(llm, monkeypatch):
@@ -115,3 +135,20 @@ def test_an_adapter_is_loaded_on_its_base(folder, tmp_path):
 
 def test_the_estimate_errs_on_the_safe_side(llm):
     assert estimate_tokens(MESSAGES) > 0.9 * llm.count(MESSAGES)
+
+
+def test_a_model_that_could_think_aloud_is_asked_not_to(llm):
+    """As Qwen3's template has it: thinking is on unless it is said otherwise, and an empty thought stands for none."""
+    tokenizer = stand_in_model.tokenizer()
+    tokenizer.chat_template = (
+        "{{ messages[0]['content'] }}\n{% if add_generation_prompt %}assistant\n"
+        "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    chat = llm.chat.model_copy(update={"tokenizer": tokenizer})
+    assert chat.prompt([{"role": "user", "content": "Who?"}]) == "Who?\nassistant\n<think>\n\n</think>\n\n"
+
+
+def test_a_folder_of_the_course_is_found_from_every_working_directory(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(settings, "ROOT", Path(folder).parent)
+    monkeypatch.chdir(tmp_path)
+    assert load_llm(f"hf:{Path(folder).name}").context == 256

@@ -11,7 +11,7 @@ from helpers.ollama import NoServer
 from helpers.plots import COLORS
 from helpers.results import ARMS, BASE, BOTH, RAG, TUNED
 from helpers.retrieval import Index, Retriever
-from helpers.widgets import arms_panel, ask_box, chunk_explorer
+from helpers.widgets import arms_panel, ask_box, chunk_explorer, loss_panel
 
 TEXTS = [
     "The goat of Corvejón is called Almirante. The keeper <b>Anselmo Grieve</b> feeds it at dawn.",
@@ -126,3 +126,15 @@ def test_every_arm_gets_a_column_with_its_places_its_seconds_and_what_it_read(re
 def test_every_arm_has_a_colour_of_its_own():
     colors = [COLORS[name] for name in ARMS]
     assert len(set(colors)) == len(ARMS)
+
+
+def test_losses_are_drawn_as_they_come_and_not_each_of_many():
+    panel, watch = loss_panel()
+    losses, shown = [{"step": 0, "epoch": 0, "eval_loss": 4.0}], []
+    for step in range(1, 401):
+        watch(losses, step - 1, 400)
+        shown.append(panel.value)
+        losses.append({"step": step, "epoch": step / 400, "loss": 2.0})
+    assert len(set(shown)) == 100 and "step 396 of 400: evaluation loss 4.000, training loss 2.000" in panel.value
+    evaluated, steps = (part.split('"')[0].split() for part in panel.value.split('points="')[:0:-1])
+    assert evaluated == ["0,0"] and steps[0] == "1,100" and len(steps) == 396

@@ -27,7 +27,7 @@ HERE = (0, 0.025, 0.12)
 
 @torch.no_grad()
 def initialize(model, tokenizer) -> None:
-    """Set the weights of a `GptOssForCausalLM` that has just been made.
+    """Set the weights of a `GptOssForCausalLM` that has just been made: heads of 64, a width of 96 or more.
 
     Heads hand on what they see as it is (output = transposed values), as in the mimetic initialization of Trockman and
     Kolter (2023). The first layer's look one and two tokens back. In the full layers one pair looks for what followed

@@ -1,15 +1,16 @@
 """Make every recorded run that notebook 06 draws, in one call: python tests/tools/run_comparison.py
 
-Cheap runs come first. What is there already is kept, and a run that was killed goes on at the same call. The adapters
-go to runs/comparison/, the rows to notebooks/results/:
+What is there already is kept, and a run that was killed goes on at the same call. The adapters go to runs/comparison/,
+the rows to notebooks/results/, by the parts of --parts:
 
-  forgetting_R.jsonl            reading of texts never seen, by a model tuned with rank R (0: not tuned)
-  phrasings_N.jsonl             what is known by heart of facts said in N phrasings, as many epochs for each N
-  phrasings_N_same_steps.jsonl  the same with more epochs for a smaller N, so that each fact is said as often
-  edited.jsonl                  one question, after one fact of the training set was changed and all trained again
-  comparison_tiny.jsonl         every question put to every arm
+  comparison  comparison_tiny.jsonl         every question put to every arm
+  edit        edited.jsonl                  one question, after one fact was changed and all was trained again
+  forgetting  forgetting_R.jsonl            reading of texts never seen, by a model tuned with rank R (0: not tuned)
+  phrasings   phrasings_N.jsonl             what is known by heart of facts said in N phrasings, as many epochs each
+              phrasings_N_same_steps.jsonl  the same with more epochs for a smaller N: each fact is said as often
 
-Each step has a process of its own, so that the memory it takes is its own too.
+Two calls with different parts may run side by side. Each step has a process of its own, so that the memory it takes is
+its own too. Five phrasings are dataset.jsonl itself: what its adapters know stands in comparison_tiny.jsonl.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from importlib import metadata
@@ -31,19 +33,27 @@ from helpers.planning import recipe_of
 from helpers.settings import format_seconds
 
 SEEDS = (1, 2, 3)
-PHRASINGS = (1, 2, 5, 10)
-RANKS = (1, 4, 16, 64)
-READING_PHRASINGS, READING_TOKENS = 1, 2048  # an example with passages is eighteen times as long as one without
-EDIT = ("en-156", "8.5 kilometres", "11.2 kilometres")  # as in notebook 06
+PARTS = ("comparison", "edit", "forgetting", "phrasings")
+PHRASINGS = (1, 2, 10)
+SAME_STEPS = (1,)  # phrasings, with as many steps as PER_FACT phrasings have
+PER_FACT = 5  # phrasings of a fact in dataset.jsonl
+RANKS = (16, 64, 1)
+# With passages of 1000 characters an example is eighteen times as long as one without, and a CPU trains for hours: so
+# shorter passages, fewer phrasings, and each seen once.
+READING = {"epochs": 1, "evaluation": 0}
+READING_PHRASINGS = 1
+READING_CHUNK, READING_OVERLAP = 300, 60  # characters
+EDIT = ("en-021", "18,700 nebrales", "21,400 nebrales")  # as in notebook 06
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=settings.RESULTS, help="folder of the rows (default %(default)s)")
     parser.add_argument("--adapters", type=Path, default=settings.RUNS / "comparison", help="folder of the adapters")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to make (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the trainings (default %(default)s)")
-    parser.add_argument("--prompts", type=int, default=100, help="a language, to measure reading (default %(default)s)")
-    parser.add_argument("--few", type=int, help="to try it: so many questions a kind")
+    parser.add_argument("--prompts", type=int, default=50, help="a language, to measure reading (default %(default)s)")
+    parser.add_argument("--few", type=int, help="so many questions a kind, instead of all")
     parser.add_argument("--rows", type=int, help="to try it: so many rows of every training set")
     parser.add_argument("--epochs", type=int, help="to try it: so many for every training")
     options = parser.parse_args()
@@ -67,27 +77,40 @@ class Recordings:
         self.rows = [json.loads(line) for line in lines if line.strip()]
 
     def everything(self) -> None:
-        first, plain = self.seeds[0], {seed: f"plain_{seed}" for seed in self.seeds}
-        self.read(0, None)
-        for n in PHRASINGS:
-            self.know(n, {seed: self.phrased(n, seed) for seed in self.seeds})
-        for seed, name in plain.items():
-            self.train(name, self.rows, seed=seed)
+        for part in self.options.parts:
+            getattr(self, part)()
+
+    def comparison(self) -> None:
+        """Compare after each seed: a run that is stopped leaves a comparison already."""
+        self.step("examples with passages", write_examples, self.adapters / "reading.jsonl", self.options.rows)
+        for number, seed in enumerate(self.seeds, start=1):
+            self.train(f"plain_{seed}", self.rows, seed=seed)
+            self.train(f"reading_{seed}", None, file="reading", seed=seed, **READING)
+            self.compare(self.seeds[:number])
+
+    def edit(self) -> None:
+        first = self.seeds[0]
         self.train("edited", self.edited(), seed=first)
-        self.ask("edited.jsonl", {first: "edited"}, [self.edited_question()])
+        folders, out = {first: self.adapters / "edited"}, self.out / "edited.jsonl"
+        self.step(f"asking {out.name}", ask_tuned, folders, [self.edited_question()], out, self.command)
+
+    def forgetting(self) -> None:
+        first = self.seeds[0]
+        self.read(0, None)
         for rank in RANKS:
-            name = plain[first] if rank == 16 else f"rank_{rank}"
+            name = f"plain_{first}" if rank == 16 else f"rank_{rank}"
             self.train(name, self.rows, seed=first, **({} if rank == 16 else {"rank": rank, "alpha": 2 * rank}))
             self.read(rank, name)
-        self.compare(plain, {})
-        for n in PHRASINGS[:-1]:
-            epochs = recipe_of("tiny", {}).epochs * PHRASINGS[-1] // n
-            self.know(n, {first: self.phrased(n, first, f"_{epochs}_epochs", epochs=epochs)}, "_same_steps")
-        self.step("examples with passages", write_examples, self.adapters / "reading.jsonl", self.options.rows)
-        reading = {seed: f"reading_{seed}" for seed in self.seeds}
-        for seed, name in reading.items():
-            self.train(name, None, file="reading", seed=seed, max_length=READING_TOKENS, evaluation=0)
-        self.compare(plain, reading)
+
+    def phrasings(self) -> None:
+        for seed in self.seeds:
+            for n in PHRASINGS:
+                self.phrased(n, seed)
+        for n in PHRASINGS:
+            self.know(n, {seed: f"phrasings_{n}_{seed}" for seed in self.seeds})
+        for n in SAME_STEPS:
+            epochs = recipe_of("tiny", {}).epochs * PER_FACT // n
+            self.know(n, {self.seeds[0]: self.phrased(n, self.seeds[0], "_same_steps", epochs=epochs)}, "_same_steps")
 
     def phrased(self, n: int, seed: int, suffix: str = "", **changes) -> str:
         """Train on `n` phrasings of each fact; return the adapter's name.
@@ -138,28 +161,25 @@ class Recordings:
 
     def know(self, n: int, adapters: dict[int, str], suffix: str = "") -> None:
         """Ask what was taught, without passages."""
-        taught = [question for question in self.every if question.taught]
-        self.ask(f"phrasings_{n}{suffix}.jsonl", adapters, self.chosen(taught))
-
-    def ask(self, name: str, adapters: dict[int, str], questions: list[Question]) -> None:
+        taught = self.chosen([question for question in self.every if question.taught])
         folders = {seed: self.adapters / adapter for seed, adapter in adapters.items()}
-        self.step(f"asking {name}", ask_tuned, folders, questions, self.out / name, self.command)
+        out = self.out / f"phrasings_{n}{suffix}.jsonl"
+        self.step(f"asking {out.name}", know_by_heart, n, folders, taught, out, self.command)
 
     def read(self, rank: int, name: str | None) -> None:
         folder = self.adapters / name if name else settings.TINY_GPT_OSS
         arguments = (rank, folder, self.options.prompts, self.out / f"forgetting_{rank}.jsonl", self.command)
         self.step(f"reading, rank {rank}", read_held_out, *arguments)
 
-    def compare(self, plain: dict[int, str], reading: dict[int, str]) -> None:
-        asked = self.adapters / "questions.jsonl"
+    def compare(self, seeds: Sequence[int]) -> None:
+        asked, out = self.adapters / "questions.jsonl", self.out / "comparison_tiny.jsonl"
         chosen = {question.id for question in self.chosen(self.every)}
         lines = settings.QUESTIONS.read_text(encoding="utf-8").splitlines()
         asked.write_text("\n".join(line for line in lines if json.loads(line)["id"] in chosen), encoding="utf-8")
-        tuned, reading = (
-            {seed: f"hf:{self.adapters / name}" for seed, name in models.items()} for models in (plain, reading)
+        plain, reading = (
+            {seed: f"hf:{self.adapters / kind}_{seed}" for seed in seeds} for kind in ("plain", "reading")
         )
-        out = self.out / "comparison_tiny.jsonl"
-        self.step("comparing the arms", compare_arms, asked, tuned, reading, out, self.command)
+        self.step("comparing the arms", compare_arms, asked, plain, reading, out, self.command)
 
 
 def as_planned(folder: Path, file: Path, changes: dict) -> bool:
@@ -190,12 +210,14 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 def write_examples(file: Path, most: int | None) -> None:
     """Write the training set whose instructions hold passages."""
+    from helpers.chunking import load_documents, split_documents
     from helpers.comparison import with_passages, with_phrasings
     from helpers.retrieval import Index, Retriever
 
+    index = Index.build(split_documents(load_documents()[0], READING_CHUNK, READING_OVERLAP))
     every, lines = load_questions(settings.QUESTIONS).questions, settings.DATASET.read_text(encoding="utf-8")
     chosen = with_phrasings([json.loads(line) for line in lines.splitlines()], every, READING_PHRASINGS)
-    made = with_passages(chosen, every, Retriever(Index.open()[0]), READING_PHRASINGS)
+    made = with_passages(chosen, every, Retriever(index), READING_PHRASINGS)
     write_rows(file, made[:most])
 
 
@@ -208,30 +230,67 @@ def ask_tuned(folders: dict[int, Path], questions: list[Question], out: Path, co
     print(f"  right: {sum(right)} of {len(right)}")
 
 
+def know_by_heart(n: int, folders: dict[int, Path], questions: list[Question], out: Path, command: str) -> None:
+    """Ask models what they were taught, many questions at once, and write a line for each answer."""
+    from helpers.generation import Answer, is_refusal
+    from helpers.llms import answer_all, load_llm
+
+    run = json.loads((next(iter(folders.values())) / "run.json").read_text(encoding="utf-8"))
+    head = {"phrasings": n, "epochs": run["recipe"]["epochs"], "command": command}
+    head |= {"weights": {folder.name: weights_of(folder) for folder in folders.values()}}
+    head |= {"questions": [question.id for question in questions]}
+    if is_made(out, head):
+        return
+    rows = []
+    for seed, folder in folders.items():
+        asked = [[{"role": "user", "content": question.question}] for question in questions]
+        texts = answer_all(load_llm(f"hf:{folder}").chat, asked)
+        for question, text in zip(questions, texts, strict=True):
+            right = results.score(question, Answer(text, (), (), is_refusal(text)))["right"]
+            row = {"id": question.id, "language": question.language, "seed": seed, "text": text}
+            rows.append(row | {"right": right})
+    write_recording(out, head, rows)
+
+
 def read_held_out(rank: int, folder: Path, prompts: int, out: Path, command: str) -> None:
     """Ask a model about passages of worlds that it never saw, and write a line for each answer."""
     from helpers.generation import is_refusal
     from helpers.llms import load_llm
-    from helpers.recording import describe_machine
-    from helpers.storage import sha256_of
     from helpers.tiny_gpt_oss.measure import THREE, answered, cases
 
-    weights = {path.name: sha256_of(path)[:16] for path in sorted(folder.glob("*.safetensors"))}
-    head = {"rank": rank, "model": folder.name, "weights": weights, "prompts": prompts, "command": command}
-    if out.exists():
-        noted = json.loads(out.read_text(encoding="utf-8").split("\n")[0])
-        if all(noted.get(name) == head[name] for name in ("weights", "prompts")):
-            return
+    head = {"rank": rank, "prompts": prompts, "command": command, "weights": {folder.name: weights_of(folder)}}
+    if is_made(out, head):
+        return
     llm = load_llm("tiny" if rank == 0 else f"hf:{folder}")
     rows = []
-    started = time.perf_counter()
     for language in ("en", "es"):
         found = answered(llm, cases("forgetting", language, ("value", "newer"), THREE), prompts)
         for number, case in enumerate(found):
             row = {"id": f"{language}-{number}", "language": language, "value": case.turn.value, "text": case.text}
             rows.append(row | {"right": case.right, "cited": case.cited, "refused": is_refusal(case.text)})
-    head |= {"seconds": round(time.perf_counter() - started, 1), "machine": describe_machine()}
-    head |= {"date": date.today().isoformat(), "versions": {p: metadata.version(p) for p in ("torch", "transformers")}}
+    write_recording(out, head, rows)
+
+
+def weights_of(folder: Path) -> str:
+    from helpers.storage import sha256_of
+
+    return " ".join(sha256_of(path)[:16] for path in sorted(folder.glob("*.safetensors")))
+
+
+def is_made(out: Path, head: dict) -> bool:
+    """Say whether a recording was made with the same as `head` says, whatever the command."""
+    if not out.exists():
+        return False
+    noted = json.loads(out.read_text(encoding="utf-8").split("\n")[0])
+    return all(noted.get(name) == head[name] for name in head if name != "command")
+
+
+def write_recording(out: Path, head: dict, rows: list[dict]) -> None:
+    """Write a head, with machine and date, and the rows below it; all of it or nothing."""
+    from helpers.recording import describe_machine
+
+    head |= {"machine": describe_machine(), "date": date.today().isoformat()}
+    head |= {"versions": {name: metadata.version(name) for name in ("torch", "transformers")}}
     partial = out.with_suffix(".partial")
     partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (head, *rows)), encoding="utf-8")
     os.replace(partial, out)

@@ -2,8 +2,9 @@
 
 python tests/tools/sweep_qlora.py [--out FILE]
 
-Each point is one epoch of the course's training set at its own settings, `alpha` always twice the rank. A run that was
-stopped goes on; rows of other weights, another training set or other settings are replaced. Notebook 05 draws the rows.
+Each point is one epoch of every third row of the course's training set at its own settings, `alpha` always twice the
+rank. A run that was stopped goes on; rows of other weights, another training set or other settings are replaced.
+Notebook 05 draws the rows.
 """
 
 import argparse
@@ -26,15 +27,19 @@ from helpers.recording import describe_machine
 from helpers.tiny_gpt_oss.measure import ONE, cases
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj")
-POINTS = [(0, ALL), *((rank, ALL) for rank in (2, 8, 16, 64)), (16, ("q_proj", "v_proj")), (16, ("o_proj",))]
-READ = 50  # questions with a passage, in each language
+# What tells most comes first: a sweep may be stopped.
+POINTS = [(0, ALL), (2, ALL), (16, ALL), (64, ALL), (16, ("q_proj", "v_proj")), (16, ("o_proj",)), (8, ALL)]
+EVERY, READ = 3, 16  # rows of the training set; questions with a passage, in each language
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=settings.RESULTS / "sweep_qlora.jsonl", help="file of the rows")
     out, started = parser.parse_args().out, time.perf_counter()
-    chosen, report, tokenizer = prepare("tiny", **changes(16, ALL))
+    dataset = settings.RUNS / "sweep_qlora.jsonl"
+    dataset.parent.mkdir(parents=True, exist_ok=True)
+    dataset.write_text("".join(settings.DATASET.read_text("utf-8").splitlines(True)[::EVERY]), encoding="utf-8")
+    chosen, report, tokenizer = prepare("tiny", dataset, **changes(16, ALL))
     same = {
         "base_digest": base_digest(chosen.model), "dataset_sha256": report.sha256, "epochs": chosen.recipe.epochs,
         "learning_rate": chosen.recipe.learning_rate, "seed": chosen.recipe.seed, "read": READ,
@@ -67,7 +72,7 @@ def measure(rank: int, targets: tuple[str, ...], report, tokenizer, recipe: Reci
         model, found = load_base("tiny"), {"numbers": 0, "losses": [], "seconds": 0.0, "peak_memory": 0}
     else:
         folder = settings.RUNS / "sweep_qlora"
-        done = train("tiny", out=folder, say=lambda _: None, **changes(rank, targets))
+        done = train("tiny", report.path, folder, say=lambda _: None, **changes(rank, targets))
         model = load_finetuned(folder)[0]
         numbers = sum(weight.numel() for name, weight in model.named_parameters() if "lora_" in name)
         found = {"numbers": numbers, "losses": done.losses, "seconds": done.seconds, "peak_memory": done.peak_memory}
