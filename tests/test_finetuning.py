@@ -304,11 +304,15 @@ def test_the_adapter_loads_with_plain_peft_and_with_load_finetuned(trained, base
     assert taught.abs().mean() > 4 * in_32_bits.abs().mean() > 0
 
 
-def test_load_llm_answers_with_it(trained):
+def test_load_llm_answers_with_it(trained, base):
+    """What was taught is many times likelier than from the base alone."""
     from helpers.llms import load_llm
 
-    told = "".join(load_llm(f"hf:{trained[0].folder}", answer_tokens=8).stream([{"role": "user", "content": "What?"}]))
-    assert told.startswith("From the")
+    asked = [{"role": "user", "content": "What?"}]
+    with_it, without = (
+        load_llm(f"hf:{folder}").chat.probability(asked, "From the") for folder in (trained[0].folder, base)
+    )
+    assert with_it > 10 * without > 0
 
 
 def test_many_are_answered_as_one_by_one(trained):
