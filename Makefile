@@ -35,11 +35,8 @@ lab: $(READY)
 	  --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
 	  notebooks/00_start_here.ipynb
 
-# Two tests at a time, on two cores (pytest-xdist). Some tests hold a clock to what they do: what fails beside another
-# is run again alone, and has to pass then.
 test: $(READY)
-	@export $(REPEATABLE) OMP_NUM_THREADS=1; $(BIN)/python -m pytest -n 2 --dist loadgroup \
-	  || $(BIN)/python -m pytest --last-failed --last-failed-no-failures none
+	@$(REPEATABLE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 run: $(READY)
 	@$(REPEATABLE) $(BIN)/python tests/tools/run_notebooks.py

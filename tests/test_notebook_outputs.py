@@ -43,13 +43,7 @@ def compare(notebook: Path, *options: str) -> subprocess.CompletedProcess:
     )
 
 
-def grouped(path: Path):
-    """Those that write the adapter of the course, or read it, run one after the other."""
-    marks = pytest.mark.xdist_group("adapter") if path.name.startswith(("05", "06")) else ()
-    return pytest.param(path, marks=marks, id=path.name)
-
-
-@pytest.mark.parametrize("notebook", map(grouped, setup_cell.notebooks()))
+@pytest.mark.parametrize("notebook", setup_cell.notebooks(), ids=lambda path: path.name)
 def test_outputs_are_the_same(notebook):
     done = compare(notebook)
     tail = "\n".join((done.stdout + done.stderr).splitlines()[-60:])
