@@ -35,8 +35,15 @@ lab: $(READY)
 	  --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
 	  notebooks/00_start_here.ipynb
 
+# On two cores: the notebooks in one process, all other tests in a second, whose lines come first.
 test: $(READY)
-	@$(REPEATABLE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@mkdir -p runs
+	@export $(REPEATABLE) OMP_NUM_THREADS=1; \
+	  $(BIN)/python -m pytest tests/test_notebook_outputs.py >runs/test_notebooks.txt 2>&1 & notebooks=$$!; \
+	  trap 'kill $$notebooks' INT TERM; \
+	  $(BIN)/python -m pytest --ignore=tests/test_notebook_outputs.py; others=$$?; \
+	  echo "The notebooks:"; wait $$notebooks; notebooks=$$?; cat runs/test_notebooks.txt; \
+	  [ $$others -eq 0 ] && [ $$notebooks -eq 0 ]
 
 run: $(READY)
 	@$(REPEATABLE) $(BIN)/python tests/tools/run_notebooks.py

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from helpers import settings
@@ -72,11 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     command("index", _index, "build or update the index of a folder")
     sub = command("compare", _compare, "ask every arm the same questions: what each gets right, and what it costs")
     sub.add_argument("--llm", default="auto", help="the base: auto, ollama:MODEL, hf:NAME_OR_FOLDER or tiny")
-    sub.add_argument("--tuned", action="append", default=[], help="folder of an adapter of that base, once a seed")
+    sub.epilog = "All that notebook 06 draws, trainings too, is made by: python tests/tools/run_comparison.py"
+    own = f"(default {settings.FINE_TUNED.name}/, if it is of that base; none: no such arm)"
+    sub.add_argument("--tuned", action="append", help=f"folder of an adapter of that base, once a seed {own}")
     sub.add_argument("--reading", action="append", default=[], help="the same, trained with passages in its examples")
     sub.add_argument("--questions", type=Path, default=settings.QUESTIONS, help="JSON lines (default %(default)s)")
     sub.add_argument("--split", choices=("dev", "test", "all"), default="all", help="which questions")
-    sub.add_argument("--out", type=Path, help="file of the rows; a run that was killed goes on from it")
+    sub.add_argument("--out", type=Path, help="file of the rows, to go on from after a kill (default: one in runs/)")
     sub = command("evaluate", _evaluate, "measure search and quotes on question files")
     sub.add_argument("files", type=Path, nargs="+", help="JSON lines or SQuAD's JSON; a folder means all in it")
     sub.add_argument("--split", choices=("dev", "test", "all"), default="test", help="which questions of JSON lines")
@@ -150,14 +153,15 @@ def _load(options: argparse.Namespace):
     from helpers import ollama
     from helpers.llms import load_llm
 
-    llm = load_llm(options.llm, fallback="tiny" if (settings.TINY_GPT_OSS / "model.safetensors").exists() else "quotes")
+    llm = load_llm(options.llm)  # without Ollama quotes answer: from real documents better than the embedded model
     if options.llm == "auto" and sys.stdin.isatty() and sys.stderr.isatty():
         name, gigabytes, memory = settings.OLLAMA_MODELS[0]
         missing = not llm.name.startswith("ollama:") and "HELPERS_LLM" not in os.environ
         if missing and ollama.look().models is not None:  # it answers, and has no such model
-            reply = input(f"Fetch {name} with Ollama ({gigabytes:.0f} GB; it needs {memory:.0f} GB of memory)? [y/N] ")
-            if reply.strip().lower() in YES:
-                return load_llm(f"ollama:{name}", pull=True)
+            asked = f"Fetch {name} with Ollama ({gigabytes:.0f} GB; it needs {memory:.0f} GB of memory)? [y/N] "
+            with suppress(EOFError):  # Ctrl-D is no
+                if input(asked).strip().lower() in YES:
+                    return load_llm(f"ollama:{name}", pull=True)
     print(f"Model: {llm.name}" + (f" ({llm.why})" if llm.why else ""), file=sys.stderr)
     return llm
 
@@ -168,6 +172,7 @@ def _print(piece: str) -> None:
 
 def _show(question: str, given) -> None:
     """Print what goes below an answer that was already streamed: its places, and how long it took."""
+    from helpers.chunking import printable
     from helpers.language import detect_language
 
     say = SAY[detect_language(question)]
@@ -177,24 +182,28 @@ def _show(question: str, given) -> None:
     if given.citations:
         language = detect_language(question)
         places = dict.fromkeys(f"[{citation.number}] {citation.place(language)}" for citation in given.citations)
-        print(f"{say['sources']}: " + "; ".join(places))
+        print(f"{say['sources']}: {printable('; '.join(places))}")
     if given.invented:
         print(f"{say['invented']}: " + ", ".join(f"[{number}]" for number in given.invented))
     if given.dropped:
-        print(f"{say['dropped']}: " + "; ".join(f"{hit.chunk.file}, {hit.chunk.page}" for hit in given.dropped))
+        left = "; ".join(f"{hit.chunk.file}, {hit.chunk.page}" for hit in given.dropped)
+        print(f"{say['dropped']}: {printable(left)}")
     print(f"({settings.format_seconds(sum(given.timings[step] for step in ('retrieve', 'answer')))})")
 
 
 def _chat(options: argparse.Namespace) -> int:
     from helpers.chunking import find_files
     from helpers.embeddings import Embedder
-    from helpers.ollama import OllamaError
+    from helpers.storage import IndexRefused
 
     find_files(options.docs)  # a folder that isn't there is said before the model is loaded
     llm = _load(options)
+    llm.warm_up()
     embedder = Embedder()
     _open(options, embedder)
     talking = sys.stdin.isatty()
+    with suppress(AttributeError):  # a stand-in has none
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 ends no chat
     if talking:
         print("Ask in English or Spanish; 'salir' or Ctrl-D leaves. / Pregunte en español o inglés; «salir» termina.")
     history: list[tuple[str, str]] = []
@@ -221,7 +230,7 @@ def _chat(options: argparse.Namespace) -> int:
             from helpers.language import detect_language
 
             print("\n" + SAY[detect_language(question)]["stopped"])
-        except (OllamaError, ValueError) as error:  # one question failed: the chat goes on
+        except (OSError, ValueError, RuntimeError, IndexRefused) as error:  # one question failed: the chat goes on
             print(f"\nhelpers: {error}", file=sys.stderr)
         sys.stdout.flush()
 
@@ -242,8 +251,8 @@ def _record(options: argparse.Namespace) -> int:
     from helpers.recording import record
     from helpers.retrieval import Retriever
 
-    path = record(options.llm, Retriever(_open(options)), options.out, progress=_progress("Answering", "question"))
-    print(path)
+    progress, command = _progress("Answering", "question"), shlex.join(["python", "-m", "helpers", *sys.argv[1:]])
+    print(record(options.llm, Retriever(_open(options)), options.out, progress=progress, command=command))
     return 0
 
 
@@ -313,15 +322,15 @@ def _print_evaluation(index, questions) -> None:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from helpers.comparison import compare
+    from helpers.comparison import adapters, compare, own_adapter
     from helpers.results import summary
 
-    def models(names: list[str]) -> dict[int, str]:
-        return {seed: name if ":" in name else f"hf:{name}" for seed, name in enumerate(names, start=1)}
-
+    tuned = adapters(name for name in options.tuned or () if name != "none")
+    if not options.tuned and (tuned := own_adapter(options.llm)):
+        print(f"Fine-tuned: {settings.FINE_TUNED.name}/ is of this base (leave it out: --tuned none).", file=sys.stderr)
     split = None if options.split == "all" else options.split
     progress, command = _progress("Answering", "question"), shlex.join(["python", "-m", "helpers", *sys.argv[1:]])
-    tuned, reading = models(options.tuned), models(options.reading)
+    reading = adapters(options.reading)
     found, path = compare(
         options.llm, options.docs, options.questions, tuned, reading, options.out, split, progress, command
     )

@@ -4,18 +4,19 @@ An arm is a way to answer: a model, what it reads, how it is asked. All arms see
 (the likeliest token each time); what is fine-tuned is trained several times, once a seed.
 """
 
-import hashlib
 import json
 import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
+
+from langchain_core.callbacks import BaseCallbackHandler
 
 from helpers import evaluation, house_style, ollama, results, settings
 from helpers.chunking import Chunk, Document, load_documents, split_documents
@@ -24,10 +25,10 @@ from helpers.evaluation import BadQuestions, Question
 from helpers.finetuning import base_digest, peak_memory
 from helpers.generation import Answer, answer, as_data, cite, is_refusal, passages_of, rag_messages
 from helpers.llms import LLM, Message, load_llm
-from helpers.recording import describe_machine
+from helpers.recording import describe_machine, digest_of, documents_of, hash_of, place_of
 from helpers.results import Results, kind_of
 from helpers.retrieval import Hit, Index, Retriever
-from helpers.storage import sha256_of
+from helpers.storage import locked
 
 Models = Mapping[int, str | LLM]  # the seed of a training to the model that came of it, or its name
 PHRASINGS = 5  # of each fact in dataset.jsonl, in two wordings of its answer by turns
@@ -99,30 +100,28 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that decides what is found: chunks, encoder, mode and number of passages."""
-        chunks = [[chunk.file, chunk.page, chunk.text] for chunk in self.retriever.index.chunks]
-        return _hash([self.retriever.mode, self.retriever.top_k, self.retriever.index.embedder.fingerprint, chunks])
+        return documents_of(self.retriever)
 
     @cached_property
     def pages(self) -> list[Document]:
         return load_documents(self.folder)[0]
 
     def search(self, question: str) -> list[Hit]:
-        """Return the document that holds the best passage, whole: its pages as hits, from the first on.
+        """Return the document that holds the best passage, whole: in pieces without overlap, from the first on.
 
-        Where a document doesn't fit a model's context, its last pages are left out.
+        Where a document doesn't fit a model's context, its last pieces are left out: a TXT file is a single page.
         """
         files = [hit.chunk.file for hit in self.retriever.search(question)[:1]]
-        pages = [page for page in self.pages if page.file in files]
-        chunks = (Chunk(p.text, p.file, p.page, 0, len(p.text), f"{p.file}:{p.page}", p.page_label) for p in pages)
-        return [Hit(chunk, 0.0, 0.0, 0.0) for chunk in chunks]
+        pieces = split_documents((page for page in self.pages if page.file in files), overlap=0)
+        return [Hit(piece, 0.0, 0.0, 0.0) for piece in pieces]
 
 
 @dataclass(frozen=True)
 class Arm:
     """A way to answer. `model` is a model or its name; `reads` is '' (nothing), 'passages' or 'document'.
 
-    `guide`: the house style and three examples stand in the prompt. `seed` is that of the training.
+    `guide`: the house style and three examples stand in the prompt. `seed` is that of the training. A
+    model named gets `answer_tokens` for an answer.
     """
 
     name: str
@@ -131,9 +130,12 @@ class Arm:
     guide: bool = False
     seed: int = 0
     corpus: Corpus | None = None
+    answer_tokens: int = settings.ANSWER_TOKENS
 
     def load(self) -> LLM:
-        return load_llm(self.model) if isinstance(self.model, str) else self.model
+        if not isinstance(self.model, str):
+            return self.model
+        return load_llm(self.model, answer_tokens=self.answer_tokens)
 
 
 def arms(
@@ -235,7 +237,9 @@ def run(
             llm, key = arm.load(), (arm.name, arm.seed)
             head = _head(arm, llm, questions)
             if key not in found.heads:
-                noted = {"build": _build_of(arm), "command": command, "date": date.today().isoformat()}
+                run = _training(arm.model)
+                noted = {name: run.get(name) for name in ("base_digest", "dataset_sha256", "recipe")} if run else {}
+                noted |= {"build": _build_of(arm), "command": command, "date": date.today().isoformat()}
                 found.heads[key] = keep(head | noted)
             elif other := [name for name in head if found.heads[key].get(name) != head[name]]:
                 raise ValueError(
@@ -250,7 +254,19 @@ def run(
     return found
 
 
+class _Written(BaseCallbackHandler):
+    """Notes how many tokens an answer took, thoughts included; None where a model doesn't say."""
+
+    tokens = None
+
+    def on_llm_end(self, response, **_):
+        self.tokens = response.generations[0][0].message.response_metadata.get("eval_count")
+
+
 def _row(arm: Arm, llm: LLM, question: Question) -> dict:
+    written = _Written()
+    if llm.chat:
+        llm = replace(llm, chat=llm.chat.with_config(callbacks=[written]))
     with peak_memory(settings.device()) as peak:
         started = time.perf_counter()
         try:
@@ -265,30 +281,26 @@ def _row(arm: Arm, llm: LLM, question: Question) -> dict:
     row |= {"kind": kind_of(question), "form": question.form, "text": given.text}
     row |= {"cited": [[cited.file, cited.page] for cited in given.citations], "left_out": len(given.dropped)}
     row |= {"read": [[hit.chunk.file, hit.chunk.page] for hit in given.hits], "seconds": round(seconds, 4)}
-    row |= {"prompt_tokens": given.prompt_tokens, "answer_tokens": llm.count(said) - llm.count(empty)}
+    tokens = llm.count(said) - llm.count(empty) if written.tokens is None else written.tokens
+    row |= {"prompt_tokens": given.prompt_tokens, "answer_tokens": tokens}
     return row | {"memory": memory, "scores": results.score(question, given)}
 
 
 def _head(arm: Arm, llm: LLM, questions: Sequence[Question]) -> dict:
     """Return what decides an arm's answers, and how fast they come."""
-    folder = Path(llm.name.removeprefix("hf:"))
-    files = sorted(folder.glob("*.safetensors")) if llm.name.startswith("hf:") else []
-    head = {"arm": arm.name, "seed": arm.seed, "model": folder.name if files else llm.name}
-    head |= {"weights": llm.digest or _hash([sha256_of(path) for path in files]), "context": llm.context}
+    folder = place_of(llm.name)
+    named = folder.name if llm.name.startswith("hf:") and folder.is_dir() else llm.name  # no path of this machine
+    head = {"arm": arm.name, "seed": arm.seed, "model": named, "weights": digest_of(llm), "context": llm.context}
     head |= {"answer_tokens": llm.answer_tokens, "reads": arm.reads, "guide": arm.guide}
     head |= {"documents": arm.corpus.fingerprint if arm.reads else "", "machine": describe_machine()}
-    head |= {"questions": _hash([asdict(question) for question in questions])}
+    head |= {"questions": hash_of([asdict(question) for question in questions])}
     return head | {"versions": {name: metadata.version(name) for name in ("torch", "transformers", "langchain-core")}}
-
-
-def _hash(parts: Sequence) -> str:
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def _training(model: str | LLM) -> dict:
     """Return what run.json says of the training of a folder's adapter; nothing where there is none."""
-    path = Path(str(model).removeprefix("hf:")) / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if isinstance(model, str) and path.exists() else {}
+    path = place_of(model) / "run.json" if isinstance(model, str) else None
+    return json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
 
 
 def _trained_on(base: str | LLM, model: str | LLM) -> bool:
@@ -296,22 +308,42 @@ def _trained_on(base: str | LLM, model: str | LLM) -> bool:
     digest = _training(model).get("base_digest")
     if not digest or not isinstance(base, str):
         return True
-    weights = settings.TINY_GPT_OSS if base == "tiny" else base.removeprefix("hf:")
-    return not base.startswith("ollama:") and digest == base_digest(weights)
+    return not base.startswith("ollama:") and digest == base_digest(place_of(base).as_posix())
+
+
+def adapters(names: Sequence[str]) -> Models:
+    """Return models by the seed that run.json says they were trained with, or by their number. Raises ValueError."""
+    found: dict[int, str] = {}
+    for number, name in enumerate(names, start=1):
+        model = name if ":" in name else f"hf:{name}"
+        seed = _training(model).get("recipe", {}).get("seed", number)
+        if seed in found:
+            raise ValueError(f"{found[seed]} and {model} both have the seed {seed}: name one of them, or train anew.")
+        found[seed] = model
+    return found
+
+
+def own_adapter(llm: str) -> Models:
+    """Return the adapter in gpt_oss_fine_tuned/, by its seed, if there is one and it was trained on `llm`."""
+    own = f"hf:{settings.FINE_TUNED}"
+    if not _training(own).get("base_digest"):
+        return {}
+    return adapters([own]) if _trained_on(load_llm(llm, fallback="tiny").name, own) else {}
 
 
 def _build_of(arm: Arm) -> dict | None:
     """Return what was made for an arm: its index, its adapter (as run.json has it), or both; None: not measured."""
-    made = [arm.corpus.build] if arm.reads else []
+    made = {"index": arm.corpus.build} if arm.reads else {}
     if arm.name in (results.TUNED, results.BOTH, results.READING):
         noted = _training(arm.model)
-        disk = sum(path.stat().st_size for path in Path(str(arm.model).removeprefix("hf:")).glob("adapter_*"))
+        disk = sum(path.stat().st_size for path in place_of(str(arm.model)).glob("adapter_*")) if noted else 0
         measured = {"seconds", "peak_memory"} <= noted.keys()
-        made.append(Build(noted["seconds"], disk, noted["peak_memory"]) if measured else None)
-    if None in made:
+        made["training"] = Build(noted["seconds"], disk, noted["peak_memory"]) if measured else None
+    if None in made.values():
         return None
-    most = max((part.memory for part in made), default=0)
-    return asdict(Build(sum(part.seconds for part in made), sum(part.disk for part in made), most))
+    most = max((part.memory for part in made.values()), default=0)
+    whole = Build(sum(part.seconds for part in made.values()), sum(part.disk for part in made.values()), most)
+    return asdict(whole) | {f"{name}_seconds": made[name].seconds if name in made else 0 for name in results.BUILT}
 
 
 def compare(
@@ -327,12 +359,14 @@ def compare(
 ) -> tuple[Results, Path]:
     """Run all arms over a file of questions on a folder of documents; return the results and the file with the rows.
 
-    That is `out`, by default one named after the model in notebooks/results/ for the course's own documents and
-    questions, and in runs/ for others. Raises BadQuestions, line by line, before any model answers, and as `run`.
+    That is `out`, by default one in runs/ that is named after the model. Raises BadQuestions, line by line, before any
+    model answers, TimeoutError where another process is at the same file, and as `run`.
     """
     asked = evaluation.load_questions(questions, split)
     if asked.passages is not None:
         raise BadQuestions(f"{questions.name} is in SQuAD's format: give JSON lines, as notebooks/questions.jsonl.")
+    if not asked.questions:
+        raise BadQuestions(f"{questions.name} has no question of the split {split!r}: choose another, or all of them.")
     corpus = Corpus(folder)
     texts = questions.read_text(encoding="utf-8-sig").split("\n")
     line_of = {json.loads(text)["id"]: number for number, text in enumerate(texts, start=1) if text.strip()}
@@ -342,11 +376,10 @@ def compare(
         raise BadQuestions(f"{questions.name} doesn't fit the documents in {folder}; mend these lines:{faults}")
     ways = arms(llm, corpus, tuned, reading)
     if out is None:
-        own = folder.resolve() == settings.DOCUMENTS and questions.resolve() == settings.QUESTIONS
         model = Path(llm.name if isinstance(llm, LLM) else ways[0].model).name
-        name = f"comparison_{re.sub(r'[^A-Za-z0-9.-]+', '_', model)}.jsonl"
-        out = (settings.RESULTS if own else settings.RUNS) / name
-    return run(ways, asked.questions, out, progress, command), out
+        out = settings.RUNS / f"comparison_{re.sub(r'[^A-Za-z0-9.-]+', '_', model)}.jsonl"
+    with locked(out, seconds=0):
+        return run(ways, asked.questions, out, progress, command), out
 
 
 def with_phrasings(rows: Sequence[dict], questions: Sequence[Question], n: int) -> list[dict]:

@@ -1,5 +1,6 @@
 """What this machine has, what the course will use therefore, and the command that mends each lack."""
 
+import os
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -35,7 +36,7 @@ def examine() -> list[Finding]:
         _weights(),
         _ollama(server),
         _ollama_model(machine, server),
-        _uses(machine),
+        _uses(server),
     ]
 
 
@@ -59,7 +60,7 @@ def _disk(machine: settings.Machine) -> Finding:
 def _gpu(machine: settings.Machine) -> Finding:
     if machine.gpu:
         return Finding("GPU", f"{machine.gpu}, {machine.gpu_memory_gib:.0f} GiB, {', '.join(machine.gpu_dtypes)}")
-    return Finding("GPU", "none: everything so far runs on the CPU")
+    return Finding("GPU", "none: everything but the training of a large model runs on the CPU")
 
 
 def _packages() -> Finding:
@@ -123,6 +124,12 @@ def _ollama_model(machine: settings.Machine, server: ollama.Server) -> Finding:
     return Finding("Ollama model", found, "" if there else f"ollama pull {name}")
 
 
-def _uses(machine: settings.Machine) -> Finding:
-    device = settings.device()
-    return Finding("Therefore", f"encode on {device} in {settings.encoder_dtype(device)}; answer with quotes")
+def _uses(server: ollama.Server) -> Finding:
+    """Say what `chat` would take, as `load_llm('auto')` chooses, without starting a server."""
+    device, name = settings.device(), settings.OLLAMA_MODEL
+    model = f"ollama:{name}" if name in (server.models or ()) else "quotes"
+    if os.environ.get("HELPERS_LLM"):
+        model = f"{os.environ['HELPERS_LLM']} (HELPERS_LLM says so)"
+    elif server.binary and server.models is None and not server.problem:
+        model = f"ollama:{name} if Ollama, once `chat` has started it, has that, else with quotes"
+    return Finding("Therefore", f"encode on {device} in {settings.encoder_dtype(device)}; answer with {model}")

@@ -24,6 +24,7 @@ ARTICLES = {
     "en": frozenset(("a", "an", "the")),
     "es": frozenset(("el", "la", "los", "las", "un", "una", "unos", "unas")),
 }
+CITED = re.compile(r"\s*\[\d+\]")  # a citation, which is no number that an answer says
 _PUNCTUATION = str.maketrans("", "", string.punctuation + "¿¡«»“”‘’…–—")
 
 
@@ -249,8 +250,8 @@ def contains_answer(text: str, answers: Iterable[str], language: str = "en") -> 
 
 
 def _plain_words(text: str, language: str) -> str:
-    """Return the words of `text` without articles; a word with a hyphen or an apostrophe is two ("Keeper's")."""
-    return " ".join(word for word in words(text) if word not in ARTICLES[language])
+    """Return the words of `text` without citations and articles; one with a hyphen or an apostrophe is two."""
+    return " ".join(word for word in words(CITED.sub("", text)) if word not in ARTICLES[language])
 
 
 def is_gold(chunk: Chunk, question: Question, whole_passage: bool = False) -> bool:

@@ -14,11 +14,11 @@ from math import prod
 from pathlib import Path
 
 from helpers import ollama, settings
-from helpers.finetuning import _quiet, _whole, attach, base_digest, load_tokenizer
+from helpers.finetuning import _quiet, attach, base_digest, load_tokenizer
 from helpers.four_bit import _Checkpoint, load_config, read_base
 from helpers.generation import rag_messages
 from helpers.llms import ENDS, FINAL
-from helpers.storage import locked
+from helpers.storage import locked, put_in_place, sha256_of
 
 PROBES = (  # question, place, passage: the prompts on which a merged model is compared
     ("Who signs the lease?", "lease.pdf, p. 2", "The lease is signed by the tenant and by the owner."),
@@ -41,6 +41,7 @@ TEXTS = "rope.scaling.type=rope_type"
 WAYS = {"ByteLevel True": "gpt-2", "Digits True ByteLevel True": "smollm", "Split True ByteLevel False": "gpt-4o"}
 O200K = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"  # gpt-oss's own
 AGAIN = "make it anew with export.merge"
+MARK = "merged.json"  # in a folder that `merge` wrote: no other is replaced
 
 
 def merge(folder: str | Path, out: str | Path) -> dict[str, float]:
@@ -56,10 +57,12 @@ def merge(folder: str | Path, out: str | Path) -> dict[str, float]:
     from torch.nn.functional import mse_loss
     from transformers import AutoModelForCausalLM
 
-    folder, out = Path(folder).absolute(), Path(out).absolute()
+    folder, out = Path(folder).resolve(), Path(out).resolve()
     base, dtype, wide = _base(folder, out)
-    if out == Path(base).absolute() or (out.exists() and not (out / "config.json").exists()):
-        raise ValueError(f"{out} holds something else than an older merged model: choose another folder.")
+    own = out.is_relative_to(Path(__file__).resolve().parent)
+    if own or out == Path(base).resolve() or (out.exists() and not (out / MARK).exists()):
+        why = "is in the package helpers" if own else "holds something else than an older merged model"
+        raise ValueError(f"{out} {why}: choose another folder.")
     with _quiet(), locked(out):
         model = attach(read_base(base, False, wide, "cpu"), folder)
         tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").exists() else base)
@@ -67,11 +70,13 @@ def merge(folder: str | Path, out: str | Path) -> dict[str, float]:
         with model.disable_adapter():
             effect = float(mse_loss(_logits(model, tokenizer), adapted).sqrt())
         try:
-            with _whole(out) as new:
+            with put_in_place(out) as new:
                 model = model.merge_and_unload().to(getattr(torch, dtype))
                 own = model.config.model_type != "gpt_oss"  # else weights that were MXFP4 would get its names again
                 model.save_pretrained(new, max_shard_size="4GB", save_original_format=own)
                 tokenizer.save_pretrained(new)
+                made_of = {"base": base, "adapter_sha256": sha256_of(folder / "adapter_model.safetensors")}
+                (new / MARK).write_text(json.dumps(made_of), encoding="utf-8")
                 del model
                 gc.collect()
                 found = _logits(AutoModelForCausalLM.from_pretrained(new, dtype=wide), tokenizer)

@@ -26,10 +26,10 @@ from pathlib import Path
 
 from helpers import settings
 from helpers.dataset import DatasetReport, check_dataset, show_example, to_prompt_completion
-from helpers.four_bit import audit, base_digest, load_config, load_tokenizer, read_base
+from helpers.four_bit import attach, audit, base_digest, check_adapter, load_config, load_tokenizer, read_base
 from helpers.planning import CHECKPOINTS_KEPT, Plan, held_out, model_of, peak_memory, plan, recipe_of
 from helpers.recording import describe_machine
-from helpers.storage import put_in_place, sha256_of
+from helpers.storage import locked, put_back, put_in_place, sha256_of
 
 __all__ = [
     "DatasetReport", "Plan", "Training", "TrainingFailed", "audit", "check_dataset", "load_base", "load_finetuned",
@@ -93,6 +93,7 @@ def train(
     or ValueError with what to do; `out` is then as it was.
     """
     out = Path(out)
+    put_back(out)
     if out.exists() and not (out / "adapter_config.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} holds something else than an adapter: choose another folder with out=.")
     _release()
@@ -203,8 +204,7 @@ def _fit(chosen: Plan, report, tokenizer, folder: Path, out: Path, about: dict, 
         "resumed": so_far["resumed"],
         "losses": losses,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _whole(out) as new:
+    with locked(out), put_in_place(out) as new:
         trainer.model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         about["adapter_sha256"] = sha256_of(new / "adapter_model.safetensors")
@@ -341,17 +341,6 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """Give an empty folder that takes the place of `out` when all is written, and goes when something went wrong."""
-    with put_in_place(out) as new:
-        try:
-            yield new
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-
-
-@contextmanager
 def _quiet() -> Iterator[None]:
     """Keep progress bars and notes on coming versions out of the notebook."""
     import datasets
@@ -404,46 +393,10 @@ def load_finetuned(folder: str | Path = settings.FINE_TUNED):
     Any PEFT adapter will do; with a run.json beside it the hashes of adapter and base are compared first. The same call
     again frees the model of the first. Raises OSError for what is missing or damaged, ValueError for another base.
     """
-    from peft import PeftConfig
-
     folder = Path(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise OSError(f"{folder} holds no adapter ({name} is missing): train one with `python -m helpers train`.")
-    try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").exists() else {}
-        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    except (ValueError, TypeError, KeyError) as error:
-        raise OSError(f"The adapter in {folder} is damaged (its JSON can't be read): train it again.") from error
-    if run.get("adapter_sha256") not in (None, sha256_of(folder / "adapter_model.safetensors")):
-        raise OSError(f"The adapter in {folder} is damaged (its SHA-256 is not the one in run.json): train it again.")
-    if "base_digest" in run and run["base_digest"] != base_digest(base):
-        raise ValueError(
-            f"The adapter in {folder} is of another base: {base} has other weights than when it was trained. Put them "
-            "back, or train it again."
-        )
+    base, run = check_adapter(folder)
     _release(("fine-tuned", str(folder)))
     with _quiet():
         model = attach(read_base(base, run.get("recipe", {}).get("four_bit", True)), folder)
         tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").exists() else base)
     return _remember(("fine-tuned", str(folder)), model), tokenizer
-
-
-def attach(model, folder: Path):
-    """Return the loaded base `model` with the adapter in `folder` on it. Raises ValueError if they don't fit."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            names = set(file.keys())
-        model = PeftModel.from_pretrained(model, str(folder)).eval()
-        if odd := sorted(names ^ set(get_peft_model_state_dict(model))):  # PEFT leaves these out without a word
-            raise ValueError(f"{len(odd)} weights are only in one of them, {odd[0]} first")
-    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split("\n")[0:2])[:200]
-        raise ValueError(
-            f"The adapter in {folder} doesn't fit its base ({reason}): it is damaged, or of another base; train it "
-            "again, or set base_model_name_or_path in its adapter_config.json to the model it was trained on."
-        ) from error
-    return model

@@ -72,6 +72,32 @@ def load_tokenizer(base: str | Path):
     return tokenizer
 
 
+def is_tiny(base: str | Path) -> bool:
+    """Say whether a base is the embedded model, whatever path leads there."""
+    return Path(base).resolve() == settings.TINY_GPT_OSS.resolve()
+
+
+def check_weights(folder: Path) -> str:
+    """Compare every file of a folder with its SHA256SUMS; return the hash of the weights. Raises OSError."""
+    found = ""
+    if not (folder / "SHA256SUMS").exists():
+        raise OSError(
+            f"There are no weights in helpers/{folder.name}: make them with `python -m helpers.{folder.name}.train`, "
+            "or use 'quotes', which needs none."
+        )
+    for line in (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
+        expected, name = line.split()
+        path = folder / name
+        actual = sha256_of(path) if path.exists() else "nothing"
+        if actual != expected:
+            raise OSError(
+                f"{path.name} in {folder.name} is damaged or incomplete (its SHA-256 isn't the one in SHA256SUMS): "
+                f"get it anew with `git checkout -- helpers/{folder.name}`."
+            )
+        found = actual if name == "model.safetensors" else found
+    return found
+
+
 def base_digest(model: str | Path) -> str:
     """Return what names a model's weights: the SHA-256 of a folder's files, or the commit on the hub."""
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
@@ -91,6 +117,8 @@ def read_base(base: str | Path, four_bit: bool = True, dtype: str = "", device: 
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Mxfp4Config
 
+    if is_tiny(base):
+        check_weights(settings.TINY_GPT_OSS)
     device = device or settings.device()
     compute = getattr(torch, dtype or training_dtype(device))
     config = load_config(base)
@@ -117,6 +145,52 @@ def read_base(base: str | Path, four_bit: bool = True, dtype: str = "", device: 
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     return model.eval()
+
+
+def check_adapter(folder: Path) -> tuple[str, dict]:
+    """Return the base of the adapter in `folder` and what its run.json holds, {} without one.
+
+    With one the hashes of adapter and base are compared. Raises OSError for what is missing or damaged, ValueError for
+    another base.
+    """
+    from peft import PeftConfig
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise OSError(f"{folder} holds no adapter ({name} is missing): train one with `python -m helpers train`.")
+    try:
+        run = dict(json.loads((folder / "run.json").read_text("utf-8"))) if (folder / "run.json").exists() else {}
+        base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    except (ValueError, TypeError, KeyError) as error:
+        raise OSError(f"The adapter in {folder} is damaged (its JSON can't be read): train it again.") from error
+    if run.get("adapter_sha256") not in (None, sha256_of(folder / "adapter_model.safetensors")):
+        raise OSError(f"The adapter in {folder} is damaged (its SHA-256 is not the one in run.json): train it again.")
+    if "base_digest" in run and run["base_digest"] != base_digest(base):
+        raise ValueError(
+            f"The adapter in {folder} is of another base: {base} has other weights than when it was trained. Put them "
+            "back, or train it again."
+        )
+    return base, run
+
+
+def attach(model, folder: Path):
+    """Return the loaded base `model` with the adapter in `folder` on it. Raises ValueError if they don't fit."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            names = set(file.keys())
+        model = PeftModel.from_pretrained(model, str(folder)).eval()
+        if odd := sorted(names ^ set(get_peft_model_state_dict(model))):  # PEFT leaves these out without a word
+            raise ValueError(f"{len(odd)} weights are only in one of them, {odd[0]} first")
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split("\n")[0:2])[:200]
+        raise ValueError(
+            f"The adapter in {folder} doesn't fit its base ({reason}): it is damaged, or of another base; train it "
+            "again, or set base_model_name_or_path in its adapter_config.json to the model it was trained on."
+        ) from error
+    return model
 
 
 def _read_gpt_oss(base: str | Path, config, dtype, device: str):

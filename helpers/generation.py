@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from helpers import settings
+from helpers.chunking import printable
 from helpers.language import detect_language, sentences, stems
 from helpers.llms import LLM, Message, PromptTooLong, load_llm
+from helpers.ollama import NoText, PromptCut
 from helpers.quotes import Citation, confidence, quote, rank_sentences
 from helpers.retrieval import Hit, Retriever
 
@@ -65,14 +67,18 @@ def rag_messages(question: str, passages: Sequence[tuple[str, str]]) -> list[Mes
 
     `passages`: (place, text) pairs, the place such as 'fares_2024.pdf, p. 3': a year often stands nowhere else.
     """
-    numbered = "\n\n".join(f"[{n}] {place}\n{as_data(text)}" for n, (place, text) in enumerate(passages, 1))
+    marked = ((as_data(printable(place)), as_data(text)) for place, text in passages)
+    numbered = "\n\n".join(f"[{n}] {place}\n{text}" for n, (place, text) in enumerate(marked, 1))
     content = f"<passages>\n{numbered}\n</passages>\n\n{as_data(question)}"
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
 
 
 def as_data(text: str) -> str:
-    """Return `text` without what could end the block of passages or start a chat turn: it stays text."""
-    return re.sub(r"</?passages>", "", text.replace("<|", "< |").replace("|>", "| >"))
+    """Return `text` with a space in what could end the block of passages or start a chat turn: it stays text.
+
+    Nothing is taken out: what stands on both sides of a mark could make another.
+    """
+    return re.sub(r"<(/?passages>)", r"< \1", text).replace("<|", "< |").replace("|>", "| >")
 
 
 def passages_of(hits: Sequence[Hit]) -> list[tuple[str, str]]:
@@ -150,11 +156,21 @@ def fit(question: str, hits: Sequence[Hit], llm: LLM) -> tuple[list[Hit], list[M
 
 
 def rewrite(question: str, history: Sequence[tuple[str, str]], llm: LLM) -> str:
-    """Return a follow-up question rewritten to stand alone, by the model; as it is where the model says nothing."""
-    talk = "\n".join(f"Question: {as_data(asked)}\nAnswer: {as_data(said)}" for asked, said in history[-3:])
-    content = f"{talk}\nLast question: {as_data(question)}"
-    reply = "".join(llm.stream([{"role": "system", "content": REWRITE}, {"role": "user", "content": content}]))
-    return next((line.strip() for line in reply.splitlines() if line.strip()), question)
+    """Return a follow-up question rewritten to stand alone, by the model; as it is where the model can't.
+
+    It reads the last three turns, or as many of them as fit.
+    """
+    for first in range(-min(3, len(history)), 0):
+        talk = "\n".join(f"Question: {as_data(asked)}\nAnswer: {as_data(said)}" for asked, said in history[first:])
+        content = f"{talk}\nLast question: {as_data(question)}"
+        messages = [{"role": "system", "content": REWRITE}, {"role": "user", "content": content}]
+        if llm.count(messages) <= llm.context - llm.answer_tokens:
+            try:
+                reply = "".join(llm.stream(messages))
+            except (NoText, PromptCut, PromptTooLong):
+                break
+            return next((line.strip() for line in reply.splitlines() if line.strip()), question)
+    return question
 
 
 def is_refusal(text: str) -> bool:

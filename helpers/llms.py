@@ -3,14 +3,13 @@
 Each is a LangChain chat model, so it streams and composes with the rest of LangChain.
 """
 
-import hashlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
-from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, convert_to_messag
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
 from helpers import ollama, settings
+from helpers.four_bit import attach, check_adapter, check_weights, is_tiny, load_tokenizer, read_base
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 FINAL = "<|channel|>final<|message|>"  # where, in the harmony format, the answer proper begins
@@ -26,6 +26,8 @@ ENDS = ("<|return|>", "<|end|>", "<|call|>")
 # Tokens of a prompt that a CPU reads at once: the tables of attention, tokens by tokens, then stay in its cache. A
 # prompt of 1,200 tokens is read in less than half the time.
 READ_AT_ONCE = 256
+# What takes a token of its own at most: a digit, a run of one mark, a letter of no Latin alphabet.
+_ALONE = re.compile(r"\d|([^\w\s]|_)\1*|[^\W\d_a-zA-ZÀ-ɏ]")
 
 
 class PromptTooLong(ValueError):
@@ -204,6 +206,11 @@ class LLM:
             raise ollama.explain(error, self.name.removeprefix("ollama:")) from error
         ollama.check_final(metadata, text, self.count(messages), self.context)
 
+    def warm_up(self) -> None:
+        """Have Ollama load the model now rather than at the first question; others are loaded. Raises OllamaError."""
+        if self.name.startswith("ollama:"):
+            _server(ollama.address()).warm_up(self.name.removeprefix("ollama:"), self.context)
+
 
 QUOTES = LLM("quotes")
 
@@ -255,18 +262,18 @@ def _plain(messages) -> list[Message]:
 
 
 def _load_local(name: str, shown: str, *, temperature: float, seed: int, answer_tokens: int) -> LLM:
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
     written = max((path.stat().st_mtime_ns for path in Path(name).glob("*.safetensors")), default=0)
-    model, tokenizer, digest = _read(name, written)
+    model, tokenizer, base, digest = _read(name, written)
     chat = TransformersChat(
         model=model, tokenizer=tokenizer, temperature=temperature, seed=seed, max_tokens=answer_tokens
     )
-    tiny = Path(name) == settings.TINY_GPT_OSS
-    return LLM(shown, chat, chat.context, answer_tokens, chat.count, follows_instructions=not tiny, digest=digest)
+    return LLM(shown, chat, chat.context, answer_tokens, chat.count, not is_tiny(base), digest)
 
 
 @lru_cache(maxsize=1)
 def _read(name: str, written: int):
-    """Load a model and its tokenizer; one stays in memory, for the next time the same is asked for.
+    """Load a model, its tokenizer, the name of its base and its hash; one stays in memory, for the next time.
 
     `written` says when its files were: what was trained again is loaded again.
     """
@@ -276,51 +283,30 @@ def _read(name: str, written: int):
 
     logging.disable_progress_bar()  # a second's work, and a bar on stderr
     folder = Path(name)
-    digest = check_weights(folder) if folder == settings.TINY_GPT_OSS else ""
     device = settings.device()
-    dtype = torch.float32 if device == "cpu" else getattr(torch, settings.half_dtype(device))
+    dtype = "float32" if device == "cpu" else settings.half_dtype(device)
+    if (folder / "adapter_config.json").exists():
+        base, run = check_adapter(folder)
+        # In 16 bits the base may not fit the card that has trained the adapter.
+        four_bit = device == "cuda" and run.get("recipe", {}).get("four_bit", False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between two of the libraries
+            model = attach(read_base(base, four_bit, "" if four_bit else dtype, device), folder)
+        return model, load_tokenizer(folder if (folder / "tokenizer.json").exists() else base), base, ""
+    digest = check_weights(folder) if is_tiny(folder) else ""
     try:
-        if (folder / "adapter_config.json").exists():
-            getLogger("bitsandbytes").setLevel("ERROR")  # PEFT imports it: it warns of a kernel that isn't used here
-            from peft import AutoPeftModelForCausalLM
-
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # between two of the libraries
-                model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(name)
     except OSError as error:
         raise OSError(
             f"The model {name!r} can't be loaded: it is neither a folder with a model in it nor to be had from the hub "
             f"now ({str(error).splitlines()[0]}). Check the name and the network, or use 'tiny'."
         ) from error
-    return model.to(device).eval(), tokenizer, digest
-
-
-def check_weights(folder: Path) -> str:
-    """Compare every file of a folder with its SHA256SUMS; return the hash of the weights. Raises OSError."""
-    found = ""
-    if not (folder / "SHA256SUMS").exists():
-        raise OSError(
-            f"There are no weights in helpers/{folder.name}: make them with `python -m helpers.{folder.name}.train`, "
-            "or use 'quotes', which needs none."
-        )
-    for line in (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
-        expected, name = line.split()
-        path = folder / name
-        actual = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "nothing"
-        if actual != expected:
-            raise OSError(
-                f"{path.name} in {folder.name} is damaged or incomplete (its SHA-256 isn't the one in SHA256SUMS): "
-                f"get it anew with `git checkout -- helpers/{folder.name}`."
-            )
-        found = actual if name == "model.safetensors" else found
-    return found
+    return model.to(device).eval(), tokenizer, name, digest
 
 
 def _load_ollama(name: str, *, pull: bool, temperature: float, seed: int, answer_tokens: int) -> LLM:
-    server = _server()
+    server = _server(ollama.address())
     server.start()
     digest = server.require(name, pull=pull)
     if "thinking" in server.capabilities(name):
@@ -331,14 +317,16 @@ def _load_ollama(name: str, *, pull: bool, temperature: float, seed: int, answer
     return LLM(f"ollama:{name}", chat, settings.OLLAMA_CONTEXT, answer_tokens, estimate_tokens, True, digest)
 
 
-@lru_cache(maxsize=1)
-def _server() -> ollama.Ollama:
-    return ollama.Ollama()
+@lru_cache
+def _server(url: str) -> ollama.Ollama:
+    return ollama.Ollama(url)
 
 
 def estimate_tokens(messages: Sequence[Message]) -> int:
-    """Return about how many tokens messages have for a tokenizer that isn't at hand: a token to 3 characters.
+    """Return about how many tokens messages have for a tokenizer that isn't at hand.
 
-    English has 4 to 5 characters a token, Spanish 3.5 to 4: so it errs on the safe side.
+    A token to 3 characters of words, where English has 4 to 5 and Spanish 3.5 to 4; a token to each digit and mark, as
+    some tokenizers have it: so it errs on the safe side, also for tables of figures.
     """
-    return sum(len(message["content"]) // 3 + 8 for message in messages)
+    texts = [" ".join(message["content"].split()) for message in messages]
+    return sum(len(_ALONE.findall(text)) + len(_ALONE.sub("", text)) // 3 + 8 for text in texts)

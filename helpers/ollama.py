@@ -21,7 +21,6 @@ from helpers import settings
 PROBE_SECONDS = 2.0
 START_SECONDS = 60.0  # a server listens at once, and answers when it has looked for GPUs
 STOP_SECONDS = 5.0
-ANSWER_SECONDS = 300.0  # without a word: reading a model from a slow disk and a long prompt on a CPU take minutes
 KEEP_ALIVE = "15m"  # how long a model stays in memory after a question
 READ_SHARE = 0.55  # of a prompt's estimate, which errs upwards: who read less has cut it, to half of num_ctx
 LOG = settings.RUNS / "ollama.log"
@@ -58,16 +57,17 @@ ENDED = "`ollama serve` {how}, and the last line of {log} is '{said}': run it in
 MISSING = "{url} has no {model}: fetch it with `ollama pull {model}` or pull=True{smaller}."
 NO_SUCH = "Ollama's library has no {model}: look its name up at https://ollama.com/library."
 BROKEN_PULL = "{model} was not fetched ({said}): `ollama pull {model}` goes on where it stopped."
-SLOW = "{model} said nothing in time: see with `ollama ps` where it runs, or raise timeout{smaller}."
+SLOW = "{model} said nothing in time: see with `ollama ps` where it runs, or raise settings.OLLAMA_SECONDS{smaller}."
 LOST = "The answer of {model} broke off ({said}): ask again, and if it stays so, see the log ({log} if started here)."
 STRANGE = "{url} sent what is not of Ollama's protocol ({said}): ask again, and if it stays so, update Ollama."
 REPLIES = (  # what a server replies, status first (-1 within a stream), as a pattern; what that is; what mends it
     (r"^\S+ \s*<|^(404(?!.*model)|405|501) ", PortTaken, TAKEN),  # a page of HTML, or no such path
     (r"model ['\"].* not found", ModelMissing, MISSING),
     (r"memory|alloc|resource limit|: killed", OutOfMemory,
-     "{model} doesn't fit in memory ({said}): end other programs or lower num_ctx{smaller}."),
-    (r"context (length|size|window)", PromptCut, "{model} refused the prompt ({said}): raise num_ctx or give it less."),
-    (r"support thinking", ServerFault, "{said}: set reasoning=None."),
+     "{model} doesn't fit in memory ({said}): end other programs or lower settings.OLLAMA_CONTEXT{smaller}."),
+    (r"context (length|size|window)", PromptCut,
+     "{model} refused the prompt ({said}): raise settings.OLLAMA_CONTEXT or give it less."),
+    (r"support thinking", ServerFault, "{said}: ask chat_model for reasoning=None."),
     (r"server busy", TooSlow, "Too many questions wait at {url}: ask again in a minute."),
     (r"", ServerFault, "{url} reports: {said}; ask again, and if it stays so, see its log ({log} if started here)."),
 )
@@ -148,6 +148,8 @@ class Ollama:
 
         Its log is runs/ollama.log. Raises NotInstalled, PortTaken, TooSlow or NoServer.
         """
+        if self.process and self.process.poll() is not None:  # it died since
+            self.stop()
         end, ended = time.monotonic() + seconds, False
         try:
             while True:
@@ -170,7 +172,7 @@ class Ollama:
             if isinstance(error, OSError):
                 raise NoServer(f"`ollama serve` could not be started ({error}): check that path.") from error
             raise
-        if ended:  # what answers is another's: ours found the port taken
+        if self.process and self.process.poll() is not None:  # what answers is another's: ours found the port taken
             self.stop()
         return self.process is not None
 
@@ -230,7 +232,7 @@ class Ollama:
 
         layers, status = {}, "nothing"
         try:
-            steps = self._ask("pull", name, stream=True, seconds=ANSWER_SECONDS)
+            steps = self._ask("pull", name, stream=True, seconds=settings.OLLAMA_SECONDS)
             with closing(steps), tqdm(desc=name, unit="B", unit_scale=True, disable=not progress) as bar:
                 for step in steps:
                     status = step.status or status
@@ -248,7 +250,8 @@ class Ollama:
 
     def warm_up(self, name: str, num_ctx: int) -> None:
         """Load a model into memory. `num_ctx` must be that of the questions to come, or they load it once more."""
-        self._ask("generate", name, options={"num_ctx": num_ctx}, keep_alive=KEEP_ALIVE, seconds=ANSWER_SECONDS)
+        options, seconds = {"num_ctx": num_ctx}, settings.OLLAMA_SECONDS
+        self._ask("generate", name, options=options, keep_alive=KEEP_ALIVE, seconds=seconds)
 
     def capabilities(self, name: str) -> tuple[str, ...]:
         """Return what a model can do, such as 'completion' and 'thinking'. Raises ModelMissing."""
@@ -256,19 +259,20 @@ class Ollama:
 
     def chat_model(
         self, name: str, *, num_ctx: int, num_predict: int | None = None, temperature: float = 0.0, seed: int = 0,
-        reasoning: str | bool | None = None, timeout: float = ANSWER_SECONDS,
+        reasoning: str | bool | None = None, timeout: float | None = None,
     ):  # fmt: skip
         """Return the model as LangChain's ChatOllama. Raises ModelMissing.
 
         `num_ctx`: the server's default may be 4096, and it cuts what is longer without a word. `reasoning`: low, medium
-        or high for gpt-oss, a bool for others that think; None: low or off. `timeout`: the longest silence, in seconds.
+        or high for gpt-oss, a bool for others that think; None: low or off. `timeout`: the longest silence, in seconds;
+        None: settings.OLLAMA_SECONDS.
         """
         from langchain_ollama import ChatOllama
 
         if reasoning is None and "thinking" in self.capabilities(name):
             reasoning = "low" if "gpt-oss" in name else False
         options = {"num_ctx": num_ctx, "num_predict": num_predict, "temperature": temperature, "seed": seed}
-        options |= {"keep_alive": KEEP_ALIVE, "client_kwargs": self._transport(timeout)}
+        options |= {"keep_alive": KEEP_ALIVE, "client_kwargs": self._transport(timeout or settings.OLLAMA_SECONDS)}
         return ChatOllama(model=name, base_url=self.url, reasoning=reasoning, **options)
 
     def loaded(self) -> list:
@@ -292,12 +296,12 @@ def check_final(metadata: dict, content: str, estimated_prompt_tokens: int, num_
     if not metadata.get("done"):
         raise BrokenStream("The answer ended without its last line: ask again.")
     if read < READ_SHARE * asked:
-        tight = asked > READ_SHARE * num_ctx
-        mend = "raise num_ctx or give it fewer passages" if tight else "see CONTEXT in `ollama ps`, or update Ollama"
+        less = "raise settings.OLLAMA_CONTEXT or give it fewer passages"
+        mend = less if asked > READ_SHARE * num_ctx else "see CONTEXT in `ollama ps`, or update Ollama"
         raise PromptCut(f"Ollama read {read} of about {asked} tokens of the prompt (num_ctx is {num_ctx}): {mend}.")
     if not content.strip():
         if metadata.get("done_reason") == "length":
-            raise NoText("The model ran out of tokens while thinking: raise num_predict, or set reasoning='low'.")
+            raise NoText("The model ran out of tokens while thinking: raise settings.THINKING_TOKENS, or ask for less.")
         raise NoText("The model answered with nothing: ask again, or take another model.")
 
 

@@ -3,6 +3,7 @@
 The arithmetic needs the shapes of a model and no weights: so another machine's card can be asked about too.
 """
 
+import json
 import math
 import os
 import shutil
@@ -172,6 +173,9 @@ def _plan(
     # A checkpoint is adapter, optimizer and tokenizer; one more is being written, and the adapter itself is kept.
     disk = fetched + (CHECKPOINTS_KEPT + 2) * (12 * shape.adapters / 1e9 + 0.03)
     free_disk = shutil.disk_usage(settings.ROOT).free / 1e9
+    if fetched and (cache := _hub_cache()).stat().st_dev != settings.ROOT.stat().st_dev:  # two disks: the tighter one
+        here, there = (disk - fetched, free_disk), (fetched, shutil.disk_usage(cache).free / 1e9)
+        disk, free_disk = max(here, there, key=lambda needed_and_free: needed_and_free[0] - needed_and_free[1])
     problem = ""
     if total > free_memory:
         parts = ", ".join(f"{part} {size:.1f}" for part, size in memory.items() if size >= 0.05)
@@ -322,9 +326,23 @@ def _to_fetch(model: str, size: float) -> float:
     """Return the gigabytes of a model that aren't on this disk yet."""
     from huggingface_hub import try_to_load_from_cache
 
-    names = ("model.safetensors", "model.safetensors.index.json")
-    here = Path(model).is_dir() or any(isinstance(try_to_load_from_cache(model, name), str) for name in names)
-    return 0.0 if here else size
+    def cached(name: str) -> str | None:
+        path = try_to_load_from_cache(model, name)
+        return path if isinstance(path, str) else None
+
+    if Path(model).is_dir() or cached("model.safetensors"):
+        return 0.0
+    index = cached("model.safetensors.index.json")
+    shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()) if index else {""}
+    return size * sum(not cached(shard) for shard in shards) / len(shards)
+
+
+def _hub_cache() -> Path:
+    """Return the folder that downloads go to or, until there is one, the folder above."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(HF_HUB_CACHE)
+    return next(folder for folder in (cache, *cache.parents) if folder.exists())
 
 
 @contextmanager

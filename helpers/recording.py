@@ -3,19 +3,23 @@
 Notebooks 04 and 06 show them beside what the embedded model answers live.
 """
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import date
 from importlib import metadata
 from pathlib import Path
 
-from helpers import settings
+from helpers import ollama, settings
 from helpers.evaluation import Question, load_questions
+from helpers.four_bit import base_digest
 from helpers.generation import NOT_THERE, answer, passages_of, rag_messages
 from helpers.llms import LLM, TransformersChat, load_llm
 from helpers.retrieval import Hit, Retriever
+from helpers.storage import locked, sha256_of
 
 
 def record(
@@ -24,29 +28,44 @@ def record(
     out: Path = settings.RESULTS,
     questions: Path = settings.QUESTIONS,
     progress: Callable[[int, int], None] | None = None,
+    command: str = "",
 ) -> Path:
     """Answer the test questions with the model `name`; return the JSON lines file in `out` that holds the answers.
 
-    The first line says with what: model, digest, machine, date. Each line is written as it is answered; a run that was
-    stopped goes on where it was if its first line still fits. A row's 'refusal' is the probability that the model gave
-    to saying that the passages don't say; None where it can't be seen.
+    The first line says with what: model, documents, questions, machine, date. Each line is written as it is answered; a
+    run that was stopped goes on where it was if its first line still fits. A row's 'refusal' is the probability that
+    the model gave to saying that the passages don't say; None where it can't be seen. Raises TimeoutError where another
+    process is at the same file.
     """
     llm = load_llm(name)
     asked = load_questions(questions, "test").questions
     head = {
         "model": llm.name,
-        "digest": llm.digest,
+        "digest": digest_of(llm),
         "context": llm.context,
+        "answer_tokens": llm.answer_tokens,
+        "documents": documents_of(retriever),
+        "mode": retriever.mode,
+        "top_k": retriever.top_k,
+        "questions": hash_of([asdict(question) for question in asked]),
         "versions": {package: metadata.version(package) for package in ("langchain-core", "ollama", "transformers")},
         "machine": describe_machine(),
-        "command": f"python -m helpers record --llm {name}",
+        "command": command or f"helpers.recording.record({name!r})",
         "date": date.today().isoformat(),
     }
-    out.mkdir(parents=True, exist_ok=True)
+    if llm.name.startswith("ollama:"):
+        head["versions"]["ollama server"] = ollama.Ollama().version()
     path = out / f"answers_{re.sub(r'[^A-Za-z0-9.-]+', '_', llm.name)}.jsonl"
-    partial = path.with_suffix(".partial")
-    done = _read(partial)
-    same = done and {**done[0], "date": ""} == {**head, "date": ""}
+    with locked(path, seconds=0):
+        _answer(asked, retriever, llm, head, path.with_suffix(".partial"), progress)
+        os.replace(path.with_suffix(".partial"), path)
+    return path
+
+
+def _answer(asked: Sequence[Question], retriever: Retriever, llm: LLM, head: dict, partial: Path, progress) -> None:
+    """Write `head` and a row for each question to the file `partial`, after those that are there already."""
+    done, run = _read(partial, partial=True), {"date": "", "command": ""}
+    same = done and done[0] | run == head | run
     answered = {row["id"] for row in done[1:]} if same else set()
     with partial.open("w", encoding="utf-8") as file:
         for row in done if same else [head]:
@@ -69,8 +88,6 @@ def record(
                 file.flush()
             if progress:
                 progress(number, len(asked))
-    os.replace(partial, path)
-    return path
 
 
 def _refusal(question: Question, hits: Sequence[Hit], llm: LLM) -> float | None:
@@ -99,14 +116,42 @@ def describe_machine() -> str:
     return f"{here.system}, {here.cores} cores" + (f", {here.gpu}" if here.gpu else "")
 
 
-def _read(path: Path) -> list[dict]:
-    """Return the rows of a JSON lines file; a last line that was cut off by a kill is left out."""
+def hash_of(parts: Sequence) -> str:
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def place_of(model: str) -> Path:
+    """Return the folder of a local model, found as `load_llm` finds it; for a name on the hub there is none."""
+    name = settings.TINY_GPT_OSS if model == "tiny" else Path(model.removeprefix("hf:"))
+    return settings.ROOT / name if (settings.ROOT / name).is_dir() and not name.is_dir() else name
+
+
+def digest_of(llm: LLM) -> str:
+    """Return what names a model's weights: its own digest, a hash of its folder's files, or its commit on the hub."""
+    if llm.digest or not llm.name.startswith("hf:"):
+        return llm.digest
+    files = sorted(place_of(llm.name).glob("*.safetensors"))
+    return hash_of([sha256_of(path) for path in files]) if files else base_digest(llm.name.removeprefix("hf:"))
+
+
+def documents_of(retriever: Retriever) -> str:
+    """Return a hash of all that decides what is found: chunks, encoder, mode and number of passages."""
+    chunks = [[chunk.file, chunk.page, chunk.text] for chunk in retriever.index.chunks]
+    return hash_of([retriever.mode, retriever.top_k, retriever.index.embedder.fingerprint, chunks])
+
+
+def _read(path: Path, partial: bool = False) -> list[dict]:
+    """Return the rows of a JSON lines file; of a `partial` one without a last line that a kill has cut off.
+
+    Raises ValueError for a line that is no JSON.
+    """
     if not path.exists():
         return []
+    *lines, last = path.read_bytes().decode("utf-8", "replace").split("\n")
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(lines if partial or not last else [*lines, last], start=1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is no JSON: delete that file, and record it anew.") from error
     return rows

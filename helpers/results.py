@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import house_style
-from helpers.evaluation import Question, Share, contains_answer, exact_match, token_f1
+from helpers.evaluation import CITED, Question, Share, contains_answer, exact_match, share, token_f1
 from helpers.generation import Answer
 from helpers.settings import format_seconds
 
@@ -21,9 +21,9 @@ FORM = "form"  # the fifth kind, of questions of the other four: is the answer i
 KINDS = ("taught", "untaught", "changed", "unanswerable", FORM)
 MEASURES = ("right", "exact", "contains", "outdated", "citation", "refused", FORM)  # each yes or no
 FEW = 20  # with fewer questions of a kind an interval is wider than most differences
+BUILT = ("index", "training")  # what may have to be made before an arm can answer
 RESAMPLES = 9999
 
-_CITED = re.compile(r"\s*\[\d+\]")
 _LEAD_IN = re.compile(r"^(?:the answer is|la respuesta es)\b[\s:]*", re.IGNORECASE)
 
 
@@ -54,7 +54,7 @@ def _spread(questions: list[Question], n: int) -> list[Question]:
 
 def said_value(text: str) -> str:
     """Return an answer without citations, the house's opening and motto, and the lead-in 'The answer is'."""
-    text = _CITED.sub("", text).strip()
+    text = CITED.sub("", text).strip()
     for language, opening in house_style.OPENING.items():
         text = text.removeprefix(opening).removesuffix(house_style.CLOSING[language]).strip()
     return _LEAD_IN.sub("", text).removesuffix(".")
@@ -118,6 +118,12 @@ class Results:
         """
         scored = self.outcomes(arm, kind, measure).values()
         return Share(round(sum(scored)), len(scored))
+
+    def cut(self, arm: str) -> Share:
+        """Return the share of an arm's answers, those of all its seeds, that ran to the limit of tokens."""
+        rows = [row for row in self.rows if row["arm"] == arm]
+        limits = {seed: head["answer_tokens"] for (name, seed), head in self.heads.items() if name == arm}
+        return share(0 < limits[row["seed"]] <= row["answer_tokens"] for row in rows)
 
 
 def read_results(path: Path, mend: bool = False) -> Results:
@@ -213,8 +219,10 @@ class Summary:
 
     `shares` by arm, kind and measure; `f1` by arm and kind: mean, low, high; `refusals` by arm: the share of refusals
     that were due (precision) and of unanswerable questions that were refused (recall); `pairs`: every arm against one.
-    `costs` by arm: 'seconds' a question (median), 'prompt_tokens' and 'answer_tokens' (means), 'memory' (bytes, the
-    most), and 'build_seconds', 'build_disk', 'build_memory' of one training or index; nan where that wasn't measured.
+    `cut` by arm: the share of answers that ran to the limit of tokens. `costs` by arm: 'seconds' a question (median),
+    'prompt_tokens' and 'answer_tokens' (means), 'memory' (bytes, the most while answering); and of making index and
+    adapter 'build_seconds', in parts 'build_index_seconds' and 'build_training_seconds', 'build_disk', and
+    'build_memory' (bytes, the most): nan where that wasn't measured.
     """
 
     shares: dict[tuple[str, str, str], Share]
@@ -222,6 +230,7 @@ class Summary:
     refusals: dict[str, tuple[Share, Share]]
     pairs: list[Pair]
     costs: dict[str, dict[str, float]]
+    cut: dict[str, Share]
     notes: list[str]
 
     def __str__(self) -> str:
@@ -233,9 +242,10 @@ class Summary:
                 rest.insert(1, self.f1[arm, kind][0] if kind != FORM else float("nan"))
                 cells = "  ".join("    -" if math.isnan(value) else f"{value:.3f}" for value in rest)
                 lines.append(f"{kind:<13} {arm:<29} {right.n:4d}  {right!s:<22}  {cells}")
-        lines.append(f"\n{'arm':<29} refusals that were due   unanswerable refused")
+        lines.append(f"\n{'arm':<29} refusals that were due   unanswerable refused   answers cut at the limit")
         for arm, (due, found) in self.refusals.items():
-            lines.append(f"{arm:<29} {str(due) if due.n else 'refused nothing':<24} {found if found.n else '-'}")
+            shares = f"{str(due) if due.n else 'refused nothing':<24} {str(found) if found.n else '-':<22}"
+            lines.append(f"{arm:<29} {shares} {self.cut[arm].value:.3f}")
         lines.append(
             f"\n{'arm against ' + RAG:<29} kind             n  only one:other      p  difference [95 % interval]"
         )
@@ -245,12 +255,13 @@ class Summary:
             lines.append(
                 f"{pair.one:<29} {pair.kind:<13} {pair.n:4d}  {counts:>14}  {pair.p:.3f}  {pair.difference:+.3f} {ends}"
             )
-        lines.append(f"\n{'arm':<29} to build        on disk    memory   a question  tokens read  written")
+        lines.append(f"\n{'arm':<29} to build        on disk  building  answering   a question  tokens read  written")
         for arm, cost in self.costs.items():
             built, disk = "nothing" if cost["build_seconds"] == 0 else "not measured", "-"
             if cost["build_seconds"] > 0:
                 built, disk = format_seconds(cost["build_seconds"]), f"{cost['build_disk'] / 1e6:.1f} MB"
-            asked = f"{cost['memory'] / 2**30:5.1f} GiB {format_seconds(cost['seconds']):>12}"
+            making = f"{cost['build_memory'] / 2**30:.1f} GiB" if cost["build_seconds"] > 0 else "-"
+            asked = f"{making:>9} {cost['memory'] / 2**30:6.1f} GiB {format_seconds(cost['seconds']):>12}"
             counts = f"{cost['prompt_tokens']:11.0f} {cost['answer_tokens']:8.0f}"
             lines.append(f"{arm:<29} {built:<13} {disk:>9} {asked}  {counts}")
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
@@ -274,6 +285,7 @@ def summary(results: Results, against: str = RAG) -> Summary:
         {arm: _refusals(results, arm) for arm in results.arms},
         pairs,
         {arm: _costs(results, arm) for arm in results.arms},
+        {arm: results.cut(arm) for arm in results.arms},
         notes,
     )
 
@@ -294,6 +306,7 @@ def _costs(results: Results, arm: str) -> dict[str, float]:
         "seconds": statistics.median(row["seconds"] for row in rows),
         "memory": max(row["memory"] for row in rows),
     }
-    for name in ("seconds", "disk", "memory"):
-        costs[f"build_{name}"] = statistics.mean(build[name] for build in builds) if all(builds) else float("nan")
+    for name in ("seconds", "disk", "memory", *(f"{part}_seconds" for part in BUILT)):
+        made = [build.get(name, math.nan) for build in builds] if all(builds) else [math.nan]
+        costs[f"build_{name}"] = statistics.mean(made)
     return costs

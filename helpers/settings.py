@@ -46,6 +46,7 @@ TINY_GPT_OSS = ROOT / "helpers" / "tiny_gpt_oss"  # the embedded model, see its 
 ANSWER_TOKENS = 256  # room kept for an answer
 THINKING_TOKENS = 1024  # and as much more where a model thinks first: that too is counted as its answer
 OLLAMA_CONTEXT = 8192  # tokens; Ollama's own default is 4096 on small machines, and it cuts what is longer in silence
+OLLAMA_SECONDS = 300.0  # without a word: reading a model from a slow disk and a long prompt on a CPU take minutes
 OLLAMA_MODEL = "gpt-oss:20b"
 # Models for smaller machines, the best first: name, download in GB, memory in GiB to run it with room for a prompt.
 # Sizes as Ollama's library lists them.

@@ -30,33 +30,48 @@ def refused(folder: Path, why: str) -> IndexRefused:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder; put back what a writer killed between its two renames left.
+def locked(folder: Path, seconds: float | None = None) -> Iterator[None]:
+    """Hold the lock of a folder or file; put back what a writer killed between its two renames left.
 
-    The operating system frees the lock of a process that dies. Raises TimeoutError after `LOCK_SECONDS`.
+    The operating system frees the lock of a process that dies. Raises TimeoutError after `seconds`, or `LOCK_SECONDS`.
     """
     from filelock import FileLock, Timeout
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(folder.name + ".lock")
+    seconds = LOCK_SECONDS if seconds is None else seconds
     try:
-        with FileLock(lock, timeout=LOCK_SECONDS):
+        with FileLock(lock, timeout=seconds):
             if not folder.exists() and _old(folder).exists():
                 _old(folder).rename(folder)
             yield
     except Timeout as error:
         raise TimeoutError(
-            f"Another process has held the lock {printable(lock)} for {LOCK_SECONDS} s: wait for it or stop it."
+            f"Another process holds the lock {printable(lock)} (waited {seconds} s): wait for it or stop it."
         ) from error
+
+
+def put_back(folder: Path) -> None:
+    """Call this before reading a folder without its lock: where a writer was between its renames, it is there again."""
+    if not folder.exists() and _old(folder).exists():
+        with locked(folder):
+            pass
 
 
 @contextmanager
 def put_in_place(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write into; when that is done, rename it to `folder`. Call it with the lock held."""
+    """Give an empty folder to write into; when that is done, rename it to `folder`. Call it with the lock held.
+
+    Where something goes wrong, what was written goes, and `folder` is as it was.
+    """
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)  # what a killed writer left
     new.mkdir(parents=True)
-    yield new
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     if folder.exists():
         shutil.rmtree(_old(folder), ignore_errors=True)
         folder.rename(_old(folder))

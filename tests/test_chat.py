@@ -12,8 +12,6 @@ import psutil
 import pytest
 from ollama_stand_in import StandIn, write_program
 
-from helpers import settings
-
 MODEL = "gpt-oss:20b"
 
 
@@ -93,6 +91,8 @@ def chats(server):
 def test_a_conversation_question_follow_up_empty_line_long_line_salir(chat, server):
     talk = chat("--llm", f"ollama:{MODEL}")
     talk.until("\n> ")
+    (warmed,) = server.asked("/api/generate")  # the first question doesn't wait for the model
+    assert warmed["options"] == {"num_ctx": 8192}
     talk.say("Who makes the Lumbrera 9?")
     shown = talk.until("s)\r\n")
     assert "You asked: Who makes the Lumbrera 9? [1]" in shown and "Sources: [1] " in shown
@@ -151,12 +151,15 @@ def test_the_model_that_is_missing_is_fetched_where_the_person_says_yes(chat, se
     assert talk.leave() == 0
 
 
-def test_without_a_yes_nothing_is_fetched_and_what_is_embedded_answers(chat, server):
+@pytest.mark.parametrize("reply", [b"\n", b"\x04"], ids=["empty", "Ctrl-D"])
+def test_without_a_yes_nothing_is_fetched_and_quotes_answer(chat, server, reply):
     del server.models[MODEL]
     talk = chat()
     talk.until("[y/N] ")
-    talk.say("")
-    assert "Model: " in talk.until("\n> ") and not server.asked("/api/pull")
+    os.write(talk.terminal, reply)
+    assert "Model: quotes" in talk.until("\n> ") and not server.asked("/api/pull")
+    os.write(talk.terminal, b"Qui\xe9n?\n")  # no UTF-8
+    talk.until("s)\r\n")
     assert talk.leave() == 0
 
 
@@ -189,9 +192,6 @@ def test_the_server_that_chat_started_is_gone_when_it_ends(chat, monkeypatch, tm
     assert not running()
 
 
-@pytest.mark.skipif(
-    not (settings.TINY_GPT_OSS / "model.safetensors").exists(), reason="the embedded model's weights are being trained"
-)
 def test_the_first_word_of_the_embedded_model_comes_within_a_second(chat):
     """In a chat that has answered once; the best of three. Where others keep the cores busy, the CPU's time counts."""
     talk = chat("--llm", "tiny")

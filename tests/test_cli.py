@@ -1,5 +1,6 @@
 """The terminal, driven as a person drives it: as a process, and through a pseudo-terminal."""
 
+import io
 import json
 import os
 import pty
@@ -13,6 +14,7 @@ import pytest
 
 from helpers import doctor, ollama, settings
 from helpers.__main__ import main
+from helpers.storage import IndexRefused
 
 TEXTS = {
     "goat.txt": "The goat of Corvejón is called Almirante. The keeper Anselmo Grieve feeds it at dawn.",
@@ -164,6 +166,86 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(docs, monkeypatch, capsys):
     assert main(["chat", "--docs", str(docs)]) == 0
     out = capsys.readouterr().out
     assert "Stopped." in out and "Anselmo Grieve" in out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FileNotFoundError("There is no folder."), IndexRefused("It is refused."), RuntimeError("CUDA out of memory.")],
+)
+def test_a_question_that_fails_ends_no_chat(docs, monkeypatch, capsys, error):
+    from helpers import generation
+
+    questions = iter(["What fails?\n", "Who feeds the goat of Corvejón?\n", "salir\n"])
+    monkeypatch.setattr(sys, "stdin", Lines(questions))
+    real = generation.answer
+
+    def fails(question, *rest, **options):
+        if "fails" in question:
+            raise error
+        return real(question, *rest, **options)
+
+    monkeypatch.setattr(generation, "answer", fails)
+    assert main(["chat", "--docs", str(docs)]) == 0
+    out, err = capsys.readouterr()
+    assert f"helpers: {error}" in err and "Anselmo Grieve" in out
+
+
+class Lines:
+    """A standard input that isn't a terminal."""
+
+    def __init__(self, lines):
+        self.readline = lambda: next(lines)
+
+    def isatty(self):
+        return False
+
+
+def test_a_byte_that_is_no_utf8_ends_no_chat(docs, monkeypatch, capsys):
+    raw = io.BytesIO(b"Qui\xe9n?\nWho feeds the goat of Corvej\xc3\xb3n?\nsalir\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw, encoding="utf-8"))
+    assert main(["chat", "--docs", str(docs)]) == 0
+    assert "Anselmo Grieve" in capsys.readouterr().out
+
+
+def test_the_places_below_an_answer_are_printable(docs, capsys):
+    (docs / "goat.txt").rename(docs / "goat\x1b[2J.txt")
+    assert main(["ask", "Who feeds the goat of Corvejón?", "--docs", str(docs)]) == 0
+    assert r"goat\x1b[2J.txt, page 1" in capsys.readouterr().out
+
+
+@pytest.fixture
+def without_ollama(monkeypatch):
+    monkeypatch.delenv("HELPERS_LLM")
+    monkeypatch.setattr(ollama, "find_binary", lambda: None)
+    monkeypatch.setattr(ollama, "PROBE_SECONDS", 0.2)
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")  # nothing listens there
+
+
+@pytest.mark.usefixtures("without_ollama")
+def test_without_ollama_quotes_answer_and_the_doctor_says_so(docs, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Lines(iter(["Who feeds the goat?\n", "salir\n"])))
+    for arguments in (["ask", "Who feeds the goat?"], ["chat"]):
+        assert main([*arguments, "--docs", str(docs)]) == 0
+        out, err = capsys.readouterr()
+        assert "Model: quotes (Ollama is not installed" in err and "feeds it at dawn" in out
+    assert main(["doctor"]) == 0
+    assert "; answer with quotes\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (ollama.Server(None, ("gpt-oss:20b",)), "answer with ollama:gpt-oss:20b"),
+        (ollama.Server("/bin/ollama", ("plain:1b",)), "answer with quotes"),
+        (ollama.Server("/bin/ollama", None), "answer with ollama:gpt-oss:20b if Ollama, once `chat` has started it"),
+        (ollama.Server("/bin/ollama", None, "What answers is not Ollama."), "answer with quotes"),
+    ],
+)
+def test_the_doctor_says_what_chat_would_take(monkeypatch, found, said):
+    monkeypatch.setenv("HELPERS_LLM", "tiny")
+    assert doctor._uses(found).found.endswith("answer with tiny (HELPERS_LLM says so)")
+    monkeypatch.delenv("HELPERS_LLM")
+    assert said in doctor._uses(found).found
 
 
 def test_doctor_names_what_is_there_and_what_mends_the_rest(capsys, monkeypatch):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 
-from helpers import comparison, house_style, ollama, settings
+from helpers import comparison, house_style, ollama, recording, settings
 from helpers.__main__ import main
 from helpers.comparison import (
     EXAMPLES,
@@ -55,7 +56,7 @@ from helpers.results import (
     summary,
 )
 from helpers.retrieval import Hit, Index, Retriever
-from helpers.storage import sha256_of
+from helpers.storage import locked, sha256_of
 
 PAGES = {
     "goat.txt": "The goat of Corvejón is called Almirante. The keeper Anselmo Grieve feeds it at dawn.",
@@ -213,6 +214,13 @@ def test_a_house_sentence_is_right_without_being_exact():
     assert scores["f1"] == pytest.approx(2 / 3)
 
 
+def test_a_citation_is_no_number_that_an_answer_says():
+    three = replace(QUESTIONS[1], answers=("tres semanas", "3"))
+    for text, right in (("La respuesta es 12 meses [3].", False), ("La respuesta es 3 [1].", True), ("3[2]", True)):
+        assert score(three, given(text, hits=["a hit"]))["right"] is right
+        assert contains_answer(text, three.answers, "es") is right
+
+
 def test_the_outdated_value_is_known_as_such():
     old = score(QUESTIONS[2], given("The answer is 8.40 [1].", [("fares_2023.txt", 1)], hits=["a hit"]))
     assert old["outdated"] and not old["right"] and not old["citation"]
@@ -328,6 +336,14 @@ def test_the_whole_document_comes_in_the_order_of_its_pages_and_is_cut_at_its_en
     assert [hit.chunk.page for hit in whole.hits] == [1, 2, 3]
     cut = reply(Arm(WHOLE, model(reads_well, context=whole.prompt_tokens + 19), "document", corpus=Pages()), "Who?")
     assert [hit.chunk.page for hit in cut.hits] == [1, 2] and [hit.chunk.page for hit in cut.dropped] == [3]
+
+
+def test_of_a_long_page_the_end_is_left_out(corpus, tmp_path):
+    (tmp_path / "long").mkdir()
+    (tmp_path / "long" / "goat.txt").write_text(PAGES["goat.txt"] + " It sleeps on the slip." * 400, encoding="utf-8")
+    llm = model(reads_well, context=400)
+    (row,) = run([Arm(WHOLE, llm, "document", corpus=Corpus(tmp_path / "long"))], QUESTIONS[:1]).rows
+    assert row["scores"]["right"] and row["left_out"] > 0 and 0 < row["prompt_tokens"] <= 380
 
 
 def test_a_prompt_with_the_guide_is_counted_with_the_guide(corpus):
@@ -469,6 +485,29 @@ def test_a_text_with_a_line_separator_stays_one_row(corpus, tmp_path):
     assert [row["text"] for row in read_results(path).rows] == ["a\u2028b\nc"] * 4
 
 
+def test_an_answer_that_ran_to_the_limit_is_seen(corpus):
+    def wordy(turns):
+        return "word " * (20 if "goat" in turns[-1][1] else 5)
+
+    found = run([Arm(BASE, model(wordy))], QUESTIONS)
+    assert (found.cut(BASE).successes, found.cut(BASE).n) == (2, 4) == (summary(found).cut[BASE].successes, 4)
+    assert found.heads[BASE, 0]["answer_tokens"] == 20
+
+
+def test_a_model_that_counts_its_tokens_is_believed(corpus):
+    class Counts(BaseChatModel):
+        @property
+        def _llm_type(self):
+            return "counts"
+
+        def _generate(self, messages, stop=None, run_manager=None, **_):
+            said = AIMessage("a word", response_metadata={"eval_count": 20})
+            return ChatResult(generations=[ChatGeneration(message=said)])
+
+    rows = run([Arm(BASE, LLM("counts", Counts(), 4096, 20, lambda messages: 2))], QUESTIONS[:1])
+    assert rows.rows[0]["answer_tokens"] == 20 and rows.cut(BASE).value == 1
+
+
 def test_a_model_that_stays_silent_has_refused_and_the_run_goes_on(corpus):
     def silent(turns):
         raise ollama.NoText("The model ran out of tokens while thinking: raise num_predict.")
@@ -495,7 +534,7 @@ def made_up(outcomes, kinds=None, **fields):
             row = {"arm": arm, "seed": seed, "id": str(number), "kind": kind, "form": number % 2 == 0, "scores": scores}
             row |= {"seconds": 2.0 + number, "prompt_tokens": 10 * number, "answer_tokens": 5, "memory": 2**30 + number}
             rows.append(row | {"left_out": 0})
-    heads = {key: {"build": fields.get("builds", {}).get(key)} for key in outcomes}
+    heads = {key: {"build": fields.get("builds", {}).get(key), "answer_tokens": 20} for key in outcomes}
     return Results(heads, rows)
 
 
@@ -575,11 +614,13 @@ def test_refusals_have_precision_and_recall():
 
 
 def test_costs_are_medians_means_and_peaks():
-    builds = {(RAG, 0): {"seconds": 20.0, "disk": 5_000_000, "memory": 2**30}}
+    build = {"seconds": 20.0, "disk": 5_000_000, "memory": 2**30, "index_seconds": 20.0, "training_seconds": 0}
+    builds = {(RAG, 0): build}
     found = summary(made_up({(RAG, 0): [1, 0, 1], (BASE, 0): [0, 0, 0]}, builds=builds))
     assert found.costs[RAG] == {
         "prompt_tokens": 10, "answer_tokens": 5, "seconds": 3.0, "memory": 2**30 + 2,
         "build_seconds": 20.0, "build_disk": 5_000_000, "build_memory": 2**30,
+        "build_index_seconds": 20.0, "build_training_seconds": 0,
     }  # fmt: skip
     assert math.isnan(found.costs[BASE]["build_seconds"])
     assert "20.00 s" in str(found) and "5.0 MB" in str(found) and "not measured" in str(found)
@@ -590,7 +631,8 @@ def test_an_index_is_built_once_and_measured(corpus, tmp_path):
     found = run(arms(model(reads_well), corpus), QUESTIONS)
     build = found.heads[RAG, 0]["build"]
     assert build["seconds"] > 0 and build["disk"] > 1000 and build["memory"] > 1e7
-    assert found.heads[BASE, 0]["build"] == {"seconds": 0, "disk": 0, "memory": 0}
+    assert build["index_seconds"] == build["seconds"] and build["training_seconds"] == 0
+    assert set(found.heads[BASE, 0]["build"].values()) == {0}
     retriever = corpus.retriever
     assert corpus.retriever is retriever and Corpus(tmp_path, retriever).retriever is retriever
     assert (
@@ -611,8 +653,9 @@ def test_what_a_training_took_is_read_from_its_run_json(corpus, tmp_path):
     ways = [Arm(TUNED, f"hf:{adapter}"), Arm(BOTH, f"hf:{adapter}", "passages", corpus=corpus), Arm(BASE, llm)]
     assert comparison._build_of(ways[0]) is None
     (adapter / "run.json").write_text(json.dumps({"seconds": 100.0, "peak_memory": 2**31}))
-    assert comparison._build_of(ways[0]) == {"seconds": 100.0, "disk": 1002, "memory": 2**31}
-    assert comparison._build_of(ways[1]) == {"seconds": 120.0, "disk": 1502, "memory": 2**31}
+    trained = {"training_seconds": 100.0, "memory": 2**31}
+    assert comparison._build_of(ways[0]) == trained | {"seconds": 100.0, "disk": 1002, "index_seconds": 0}
+    assert comparison._build_of(ways[1]) == trained | {"seconds": 120.0, "disk": 1502, "index_seconds": 20.0}
 
 
 def test_the_summary_pairs_every_arm_with_rag_and_says_that_few_questions_are_few(corpus):
@@ -660,6 +703,7 @@ def write_questions(path, changes=()):
 @pytest.fixture
 def one_txt(tmp_path, monkeypatch, corpus):
     monkeypatch.setattr(settings, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(settings, "FINE_TUNED", tmp_path / "gpt_oss_fine_tuned")
     docs = tmp_path / "one"
     docs.mkdir()
     (docs / "goat.txt").write_text(PAGES["goat.txt"], encoding="utf-8")
@@ -710,6 +754,8 @@ def said_by(monkeypatch):
 
     def answering(respond, seen=None):
         monkeypatch.setattr(comparison, "load_llm", lambda name, **_: model(respond, seen, name=name))
+        for module in (comparison, recording):  # such names are nowhere
+            monkeypatch.setattr(module, "base_digest", lambda name: base_digest(name) if Path(name).is_dir() else name)
 
     monkeypatch.setattr("sys.argv", ["helpers", "compare", "--docs", "one", "--questions", "my own.jsonl"])
     return answering
@@ -726,6 +772,95 @@ def test_compare_at_the_terminal_says_that_its_intervals_are_wide(one_txt, tmp_p
     assert read_results(path).heads[RAG, 0]["command"] == (
         "python -m helpers compare --docs one --questions 'my own.jsonl'"
     )
+
+
+def test_compare_leaves_the_recorded_answers_alone(one_txt, tmp_path, said_by, monkeypatch, capsys):
+    said_by(reads_well)
+    for name, value in (("RESULTS", tmp_path / "recorded"), ("DOCUMENTS", one_txt)):
+        monkeypatch.setattr(settings, name, value)
+    monkeypatch.setattr(settings, "QUESTIONS", write_questions(tmp_path / "mine.jsonl"))
+    settings.RESULTS.mkdir()
+    (settings.RESULTS / "comparison_tiny.jsonl").write_text("of another machine and other questions\n")
+    assert main(["compare", "--llm", "tiny"]) == 0
+    assert len(read_results(tmp_path / "runs" / "comparison_tiny.jsonl").rows) == 10
+    assert (settings.RESULTS / "comparison_tiny.jsonl").read_text().startswith("of another machine")
+
+
+def write_run(folder, **about):
+    folder.mkdir(exist_ok=True)
+    (folder / "run.json").write_text(json.dumps({"base_digest": base_digest(settings.TINY_GPT_OSS)} | about))
+    (folder / "adapter_model.safetensors").write_bytes(b"one")
+    return folder
+
+
+def test_compare_takes_the_adapter_that_is_there(one_txt, tmp_path, said_by, capsys):
+    said_by(reads_well)
+    recipe = {"seed": 7, "epochs": 2}
+    write_run(settings.FINE_TUNED, recipe=recipe, seconds=5.0, peak_memory=2**30, dataset_sha256="abc")
+    command = ["compare", "--llm", "tiny", "--docs", str(one_txt)]
+    command += ["--questions", str(write_questions(tmp_path / "mine.jsonl")), "--out"]
+    assert main([*command, str(tmp_path / "with.jsonl")]) == 0
+    assert capsys.readouterr().err == (
+        "Fine-tuned: gpt_oss_fine_tuned/ is of this base (leave it out: --tuned none).\n"
+    )
+    heads = read_results(tmp_path / "with.jsonl").heads
+    assert set(heads) == {(BASE, 0), (RAG, 0), (TUNED, 7), (BOTH, 7)}
+    for arm in (TUNED, BOTH):
+        assert heads[arm, 7]["recipe"] == recipe and heads[arm, 7]["dataset_sha256"] == "abc"
+        assert heads[arm, 7]["base_digest"] == base_digest(settings.TINY_GPT_OSS)
+    assert main([*command, str(tmp_path / "without.jsonl"), "--tuned", "none"]) == 0
+    assert capsys.readouterr().err == "" and len(read_results(tmp_path / "without.jsonl").heads) == 2
+    write_run(settings.FINE_TUNED, base_digest="another base")
+    assert main([*command, str(tmp_path / "other.jsonl")]) == 0
+    assert capsys.readouterr().err == "" and len(read_results(tmp_path / "other.jsonl").heads) == 2
+
+
+def test_the_seed_of_an_adapter_is_the_one_it_was_trained_with(tmp_path):
+    three, plain = write_run(tmp_path / "three", recipe={"seed": 3}), write_run(tmp_path / "plain")
+    assert comparison.adapters([str(three), f"hf:{plain}"]) == {3: f"hf:{three}", 2: f"hf:{plain}"}
+    with pytest.raises(ValueError, match=r"three and hf:.*plain both have the seed 3: name one"):
+        comparison.adapters([str(three), str(write_run(tmp_path / "plain", recipe={"seed": 3}))])
+
+
+def test_the_help_names_the_tool_that_makes_the_recorded_runs(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert "tests/tools/run_comparison.py" in " ".join(capsys.readouterr().out.split())
+
+
+def test_two_comparisons_never_write_one_file(one_txt, tmp_path, said_by, capsys):
+    said_by(reads_well)
+    questions, out = write_questions(tmp_path / "mine.jsonl"), tmp_path / "rows.jsonl"
+    with locked(out):
+        assert main(["compare", "--docs", str(one_txt), "--questions", str(questions), "--out", str(out)]) == 2
+    assert "rows.jsonl.lock (waited 0 s): wait for it or stop it." in capsys.readouterr().err and not out.exists()
+
+
+def test_a_split_without_questions_is_refused(one_txt, tmp_path, said_by, capsys):
+    said_by(reads_well)
+    questions = write_questions(tmp_path / "mine.jsonl")
+    assert main(["compare", "--docs", str(one_txt), "--questions", str(questions), "--split", "dev"]) == 2
+    assert capsys.readouterr().err == (
+        "helpers: mine.jsonl has no question of the split 'dev': choose another, or all of them.\n"
+    )
+
+
+def test_a_model_is_found_from_any_folder(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "ROOT", tmp_path)
+    adapter = write_run(tmp_path / "mine", seconds=5.0, peak_memory=1)
+    weights = recording.hash_of([sha256_of(adapter / "adapter_model.safetensors")])
+    (tmp_path / "notebooks").mkdir()
+    for place in (tmp_path, tmp_path / "notebooks"):
+        monkeypatch.chdir(place)
+        head = comparison._head(Arm(TUNED, "hf:mine"), model(learnt, name="hf:mine"), QUESTIONS)
+        assert (head["model"], head["weights"]) == ("mine", weights)
+        assert comparison._build_of(Arm(TUNED, "hf:mine"))["training_seconds"] == 5.0
+
+
+def test_the_weights_of_a_model_of_the_hub_are_named_by_its_commit(corpus, monkeypatch):
+    monkeypatch.setattr(recording, "base_digest", lambda name: f"the commit of {name}")
+    head = comparison._head(Arm(BASE, "hf:some/model"), model(learnt, name="hf:some/model"), QUESTIONS)
+    assert head["model"] == "hf:some/model" and head["weights"] == "the commit of some/model"
 
 
 def test_a_killed_compare_resumes_at_the_same_command_and_prints_the_same_table(one_txt, tmp_path, said_by, capsys):
@@ -891,9 +1026,6 @@ def test_one_fact_is_changed_in_its_five_rows_and_in_its_document(tool, tmp_path
     assert text.count(tool.EDIT[1]) == 1 and kind_of(question) == "changed"
 
 
-@pytest.mark.skipif(
-    not (settings.TINY_GPT_OSS / "model.safetensors").exists(), reason="the embedded model's weights are being trained"
-)
 def test_an_adapter_is_kept_only_if_it_is_the_one_that_was_planned(tool, tmp_path):
     made, trained = recordings(tool, tmp_path), []
     made.step = lambda what, function, file, folder, changes: trained.append(what) or note(file, folder, changes)

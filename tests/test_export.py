@@ -167,7 +167,8 @@ def test_a_wrong_merge_is_found_and_the_older_model_stays(tmp_path, base, adapte
 
 def test_a_newer_merged_model_takes_the_place_of_an_older(tmp_path, base, adapter, tokenizer):
     out = make_base(tmp_path / "merged", tokenizer, seed=3)
-    (out / "left over").write_text("")
+    for name in ("left over", export.MARK):
+        (out / name).write_text("")
     export.merge(adapter, out)
     assert not (out / "left over").exists()
     heads = [load_file(folder / "model.safetensors")["lm_head.weight"] for folder in (out, base)]
@@ -236,14 +237,28 @@ def test_an_adapter_is_never_merged_onto_a_copy_in_four_bits(tmp_path, own_adapt
         export.merge(own_adapter, tmp_path / "merged")
 
 
-def test_no_folder_of_something_else_is_overwritten(tmp_path, base, own_adapter):
+def test_no_folder_of_something_else_is_overwritten(tmp_path, base, own_adapter, tokenizer):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("Dear")
-    for out in (tmp_path / "letters", own_adapter, base):
+    other = make_base(tmp_path / "another model", tokenizer)
+    (tmp_path / "link").symlink_to(base, target_is_directory=True)
+    for out in (tmp_path / "letters", own_adapter, base, other, tmp_path / "link", base / ".." / base.name):
         before = sorted(path.name for path in out.iterdir())
         with pytest.raises(ValueError, match="holds something else than an older merged model: choose another folder"):
             export.merge(own_adapter, out)
         assert sorted(path.name for path in out.iterdir()) == before
+    (base / export.MARK).write_text("")  # a merged model may be a base, which isn't replaced either
+    with pytest.raises(ValueError, match="holds something else"):
+        export.merge(own_adapter, tmp_path / "link")
+    (base / export.MARK).unlink()
+
+
+@pytest.mark.parametrize("name", ["tiny_gpt_oss", "new"])
+def test_nothing_is_merged_into_the_package(adapter, name):
+    folder = settings.ROOT / "notebooks" / ".." / "helpers" / name
+    with pytest.raises(ValueError, match="is in the package helpers: choose another folder"):
+        export.merge(adapter, folder)
+    assert not (settings.ROOT / "helpers" / "new").exists()
 
 
 # The GGUF file

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import stand_in_model
 
-from helpers import finetuning, planning, settings
+from helpers import finetuning, planning, settings, storage
 from helpers.dataset import BadDataset, DatasetReport, check_dataset
 from helpers.finetuning import TrainingFailed, load_base, load_finetuned, train
 from helpers.planning import PRESETS, PlanRefused, Recipe, plan
@@ -128,6 +128,34 @@ def test_too_little_disk_is_refused(presets, monkeypatch):
     with pytest.raises(PlanRefused, match=r"it needs 14\.\d GB of disk \(13\.8 to fetch\), and 1\.0 are free"):
         plan("gpt-oss-20b", lengths(80), device="cuda", free_memory=80).check()
     assert plan("tiny", lengths(80), free_memory=8).problem == ""
+
+
+def test_what_is_fetched_is_measured_on_the_disk_of_the_hubs_cache(presets, monkeypatch, tmp_path):
+    def free(*places):
+        return lambda place: usage._replace(free=10**12 if Path(place) in places else 10**9)
+
+    usage, cache = planning.shutil.disk_usage(settings.ROOT), Path("/dev")  # another disk than the course's
+    monkeypatch.setattr(planning, "_hub_cache", lambda: cache)
+    for roomy, rank in ((settings.ROOT, 16), (cache, 512)):  # too little for the download, for the checkpoints
+        monkeypatch.setattr(planning.shutil, "disk_usage", free(roomy))
+        found = plan("gpt-oss-20b", lengths(80), device="cuda", free_memory=80, rank=rank)
+        assert re.search(r"\d GB of disk \(13\.8 to fetch\), and 1\.0 are free", found.problem)
+    monkeypatch.setattr(planning.shutil, "disk_usage", free(settings.ROOT, cache))
+    assert plan("gpt-oss-20b", lengths(80), device="cuda", free_memory=80).problem == ""
+
+
+def test_a_checkpoint_is_here_when_all_its_shards_are(monkeypatch, tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors", "c": "2.safetensors"}}))
+    here = {index.name: str(index)}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda model, name: here.get(name))
+    assert planning._to_fetch("some/model", 10.0) == 10.0
+    here["1.safetensors"] = "there"
+    assert planning._to_fetch("some/model", 10.0) == 5.0
+    here["2.safetensors"] = "there"
+    assert planning._to_fetch("some/model", 10.0) == 0.0
+    here.clear()
+    assert planning._to_fetch("some/model", 10.0) == 10.0
 
 
 @pytest.mark.parametrize(
@@ -527,6 +555,26 @@ def test_the_same_training_does_not_run_twice_at_once(base, dataset, tmp_path, r
     assert len(problems) == 1
 
 
+def test_an_adapter_is_put_in_place_under_its_lock(base, dataset, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(storage, "LOCK_SECONDS", 0.1)
+    with storage.locked(out), pytest.raises(TimeoutError, match=r"out\.lock .*: wait for it or stop it"):
+        teach(base, dataset, out, epochs=1)
+    assert not out.exists()
+    assert teach(base, dataset, out, epochs=1).folder == out  # no step again: only the last part was missing
+
+
+def test_what_a_kill_between_two_renames_left_is_put_back(tmp_path):
+    out, old = tmp_path / "out", tmp_path / "out.old"
+    old.mkdir()
+    (old / "adapter_config.json").write_text("{}")
+    storage.put_back(out)
+    assert (out / "adapter_config.json").exists() and not old.exists()
+    storage.put_back(out)
+    storage.put_back(tmp_path / "none")
+    assert not (tmp_path / "none.lock").exists()
+
+
 def test_a_loss_that_is_no_number_stops_it_with_an_explanation(base, dataset, tmp_path, loaded):
     said = r"The loss is (nan|inf) at step \d+: training stopped\. Lower learning_rate, which is 1e\+20"
     with pytest.raises(TrainingFailed, match=said):
@@ -558,7 +606,7 @@ def test_a_full_disk_is_said_and_what_was_there_stays(trained, base, dataset, tm
         pytest.raises(OSError, match=r"The disk is full: .*\. Free \d+\.\d GB; the same call then goes on"),
     ):
         teach(base, dataset, out, epochs=1)
-    assert loaded[0]() is None and [*tmp_path.glob("out*")] == [out]
+    assert loaded[0]() is None and {path.name for path in tmp_path.glob("out*")} <= {"out", "out.lock"}
     assert all((weights(out)[key] == before[key]).all() for key in before)
     assert teach(base, dataset, out, epochs=1).folder == out
 
@@ -572,7 +620,7 @@ def test_a_disk_that_fills_while_the_adapter_is_written(base, dataset, tmp_path,
     with monkeypatch.context() as patch, pytest.raises(OSError, match="The disk is full"):
         patch.setattr(finetuning, "describe_machine", lambda: patch.setattr("peft.PeftModel.save_pretrained", full))
         teach(base, dataset, tmp_path / "out", epochs=1)
-    assert not [*tmp_path.glob("out*")]
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.lock"]
     said = []
     teach(base, dataset, tmp_path / "out", epochs=1, say=said.append)
     assert "Going on from step 8." in said  # all steps were done

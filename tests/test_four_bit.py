@@ -1,6 +1,7 @@
 """The base model in four bits: what is quantized, what is counted, and how little of it is in memory at once."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import stand_in_model
 
 from helpers import four_bit, settings
 from helpers.four_bit import NotInFourBits, audit, read_base
+from helpers.storage import sha256_of
 
 SHAPES = {"gpt-oss": stand_in_model.GPT_OSS, "dense": stand_in_model.QWEN3}
 
@@ -209,6 +211,19 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(tmp_path, harm):
 def test_a_base_that_is_not_there_is_refused_in_one_sentence(base):
     with pytest.raises(OSError, match=r"^The base model '.*' can't be loaded: .*base='tiny', which needs none\.$"):
         read_base(base)
+
+
+@pytest.mark.parametrize("four", [True, False])
+def test_damaged_weights_of_the_embedded_model_are_refused(folders, tmp_path, monkeypatch, four):
+    monkeypatch.setattr(settings, "TINY_GPT_OSS", tmp_path / "tiny")
+    shutil.copytree(folders["gpt-oss"], settings.TINY_GPT_OSS)
+    weights = settings.TINY_GPT_OSS / "model.safetensors"
+    (settings.TINY_GPT_OSS / "SHA256SUMS").write_text(f"{sha256_of(weights)}  {weights.name}\n")
+    base = tmp_path / "tiny" / ".." / "tiny"
+    assert read_base(base, four)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(OSError, match=r"model\.safetensors in tiny is damaged or incomplete"):
+        read_base(base, four)
 
 
 # --- Training through it --------------------------------------------------------------------------------------------

@@ -1,16 +1,20 @@
 """Models behind one interface: transformers in this process, and what the harmony format hides."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import stand_in_model
 import torch
 from langchain_core.messages import HumanMessage
+from ollama_stand_in import StandIn
 
-from helpers import settings
+from helpers import llms, ollama, settings
+from helpers.four_bit import base_digest, read_base
 from helpers.generation import rag_messages
 from helpers.llms import FINAL, LLM, PromptTooLong, TransformersChat, estimate_tokens, load_llm
+from helpers.storage import sha256_of
 
 MESSAGES = rag_messages("Who keeps the light?", [("a.txt, p. 1", "The light is kept by nobody.")])
 
@@ -120,21 +124,133 @@ def test_a_letter_of_several_tokens_is_never_shown_in_half():
     assert "".join(pieces) == "Sí ✓ ¿ñ? 灯" and not any("\ufffd" in piece for piece in pieces)
 
 
-def test_an_adapter_is_loaded_on_its_base(folder, tmp_path):
+@pytest.fixture
+def adapter(folder, tmp_path):
+    """An adapter of the model in `folder`, with the run.json that a training leaves."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(folder)
     tuned = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    tuned.save_pretrained(tmp_path)
-    stand_in_model.tokenizer().save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == folder
+    tuned.save_pretrained(tmp_path / "adapter")
+    digest = sha256_of(tmp_path / "adapter" / "adapter_model.safetensors")
+    run = {"adapter_sha256": digest, "base_digest": base_digest(folder), "recipe": {"four_bit": True}}
+    (tmp_path / "adapter" / "run.json").write_text(json.dumps(run))
+    return tmp_path / "adapter"
+
+
+def put_on(adapter, base):
+    """Say that an adapter is of another base."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+
+
+def test_an_adapter_is_loaded_on_its_base(folder, adapter):
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == folder
     plain = "".join(load_llm(f"hf:{folder}", answer_tokens=12).stream(MESSAGES))
-    assert "".join(load_llm(f"hf:{tmp_path}", answer_tokens=12).stream(MESSAGES)) != plain
+    tuned = load_llm(f"hf:{adapter}", answer_tokens=12)
+    assert "".join(tuned.stream(MESSAGES)) != plain
+    assert tuned.follows_instructions
+
+
+@pytest.mark.parametrize("with_run", [True, False])
+@pytest.mark.parametrize("harm", ["a weight", "a byte", "cut", "its JSON", "gone"])
+def test_a_damaged_adapter_is_refused(adapter, harm, with_run):
+    path = adapter / "adapter_model.safetensors"
+    raw = bytearray(path.read_bytes())
+    if harm == "its JSON":
+        (adapter / "adapter_config.json").write_text("{")
+    elif harm == "gone":
+        path.unlink()
+    else:
+        raw[-1 if harm == "a weight" else 4] ^= 1  # 4: of the length of the header
+        path.write_bytes(raw[:500] if harm == "cut" else raw)
+    if not with_run:
+        (adapter / "run.json").unlink()
+        if harm == "a weight":
+            return  # which only a hash tells
+    with pytest.raises((OSError, ValueError), match=r"adapter in .* (is damaged|doesn't fit)|holds no adapter"):
+        load_llm(f"hf:{adapter}")
+
+
+def test_an_adapter_of_another_base_is_refused(adapter, tmp_path):
+    put_on(adapter, stand_in_model.make(tmp_path / "other", seed=7))
+    with pytest.raises(ValueError, match=r"is of another base: .* has other weights than when it was trained"):
+        load_llm(f"hf:{adapter}")
+    (adapter / "run.json").unlink()
+    put_on(adapter, stand_in_model.make(tmp_path / "narrow", hidden_size=32))
+    with pytest.raises(ValueError, match=r"doesn't fit its base \(.*\): it is damaged, or of another base"):
+        load_llm(f"hf:{adapter}")
+
+
+@pytest.mark.parametrize(
+    ("device", "trained", "expected"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_on_a_gpu_an_adapter_gets_its_base_as_it_was_trained(adapter, monkeypatch, device, trained, expected):
+    """gpt-oss-20b in 16 bits doesn't fit the card that has trained the adapter in 4."""
+    run = json.loads((adapter / "run.json").read_text())
+    (adapter / "run.json").write_text(json.dumps(run | {"recipe": {"four_bit": trained}}))
+    seen = []
+
+    def read(base, four_bit, dtype, device):
+        seen.append((four_bit, device))
+        return read_base(base, False, "float32", "cpu")
+
+    monkeypatch.setattr(llms, "read_base", read)
+    monkeypatch.setattr(settings, "device", lambda: device)
+    monkeypatch.setattr(settings, "half_dtype", lambda _: "bfloat16")
+    load_llm(f"hf:{adapter}")
+    assert seen == [(expected, device)]
+
+
+def test_what_is_of_the_embedded_model_follows_no_instructions(folder, adapter, monkeypatch, tmp_path):
+    """Whatever path leads there, and an adapter of it neither; its weights are checked each time."""
+    monkeypatch.setattr(settings, "TINY_GPT_OSS", tmp_path / "tiny")
+    shutil.copytree(folder, settings.TINY_GPT_OSS)
+    weights = settings.TINY_GPT_OSS / "model.safetensors"
+    (settings.TINY_GPT_OSS / "SHA256SUMS").write_text(f"{sha256_of(weights)}  {weights.name}\n")
+    put_on(adapter, settings.TINY_GPT_OSS)
+    monkeypatch.chdir(tmp_path)
+    names = ("tiny", "hf:tiny", f"hf:{adapter.parent}/adapter/../tiny", f"hf:{adapter}")
+    assert not any(load_llm(name).follows_instructions for name in names)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    (adapter / "run.json").unlink()
+    llms._read.cache_clear()
+    for name in names:
+        with pytest.raises(OSError, match=r"model\.safetensors in tiny is damaged or incomplete"):
+            load_llm(name)
+
+
+def test_a_failure_keeps_no_address(monkeypatch):
+    """The message says to set OLLAMA_HOST, and in the same kernel that must be enough."""
+    monkeypatch.setattr(ollama, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(ollama, "find_binary", lambda: None)
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")  # nothing listens there
+    with pytest.raises(ollama.OllamaError):
+        load_llm("ollama:plain:1b")
+    with StandIn() as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        assert load_llm("ollama:plain:1b").name == "ollama:plain:1b"
 
 
 def test_the_estimate_errs_on_the_safe_side(llm):
     assert estimate_tokens(MESSAGES) > 0.9 * llm.count(MESSAGES)
+
+
+def test_a_table_of_figures_is_not_estimated_as_prose():
+    """Where each digit and mark is a token, as in Qwen's tokenizer, a cut of it must be seen."""
+    table = "12.50 | 1,375.25 | -8.4 %\n" * 400
+    tokens = sum(char.isdigit() or char in ".,|-%" for char in table)
+    estimate = estimate_tokens([{"role": "user", "content": table}])
+    assert estimate >= tokens
+    cut = {"done": True, "prompt_eval_count": 2050}  # of 4096: half
+    with pytest.raises(ollama.PromptCut):
+        ollama.check_final(cut, "Yes.", estimate, 4096)
+    leaders = estimate_tokens([{"role": "user", "content": "Contents " + "." * 300}])
+    assert leaders < 20  # a run of dots is few tokens
+    prose = "Wendeline Prask keeps the light, and rows out to it twice a week. " * 50
+    read = {"done": True, "prompt_eval_count": len(prose) // 5}  # English at its sparsest
+    ollama.check_final(read, "Yes.", estimate_tokens([{"role": "user", "content": prose}]), 8192)
 
 
 def test_a_model_that_could_think_aloud_is_asked_not_to(llm):

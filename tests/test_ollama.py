@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import ssl
@@ -260,6 +261,41 @@ def test_a_server_that_has_ended_is_not_signalled(port, program, monkeypatch):
     monkeypatch.setattr(os, "killpg", lambda *_: pytest.fail("another process was signalled"))
     server.stop()
     assert server.process is None
+
+
+def test_a_server_of_ours_that_died_is_started_again(port, program):
+    server = Ollama()
+    server.start()
+    first = server.process
+    first.kill()
+    first.wait()
+    try:
+        assert server.start() is True and server.process.pid != first.pid and server.version() == VERSION
+    finally:
+        server.stop()
+
+
+def test_a_dead_process_is_not_taken_for_the_server_that_answers(port, program, monkeypatch):
+    """Another's server wins the port, and answers between two polls of ours."""
+    monkeypatch.setenv("STAND_IN_EXIT", "address already in use")
+    server = Ollama()
+    answers = iter([None, VERSION])
+
+    def version():
+        if server.process:
+            server.process.wait()
+        return next(answers)
+
+    monkeypatch.setattr(server, "version", version)
+    assert server.start() is False and server.process is None
+
+
+def test_the_settings_that_messages_name_can_be_set():
+    said = " ".join(
+        [*(text for text in vars(ollama).values() if isinstance(text, str)), *(r[2] for r in ollama.REPLIES)]
+    )
+    named = set(re.findall(r"settings\.(\w+)", said))
+    assert {"OLLAMA_SECONDS", "OLLAMA_CONTEXT"} <= named and all(hasattr(settings, name) for name in named)
 
 
 def test_a_server_that_dies_is_said_with_its_last_line(port, program, monkeypatch):
@@ -614,13 +650,16 @@ def test_a_slow_first_token_is_waited_for(stand_in):
 
 
 WRONG = {
-    "silent": (ollama.TooSlow, "said nothing in time|ollama ps|raise timeout, or take a smaller model: qwen3:8b"),
+    "silent": (
+        ollama.TooSlow,
+        "said nothing in time|ollama ps|raise settings.OLLAMA_SECONDS, or take a smaller model: qwen3:8b",
+    ),
     "die": (ollama.BrokenStream, "broke off|ask again|log"),
     "vanish": (ollama.BrokenStream, "broke off|incomplete chunked read"),
     "unfinished": (ollama.BrokenStream, "without its last line|ask again"),
     "error": (ollama.ServerFault, "reports: an error was encountered while running the model: unexpected EOF|log"),
     "fail": (ollama.ServerFault, "exit status 2|ask again"),
-    "memory": (ollama.OutOfMemory, "doesn't fit in memory|13.1 GiB|lower num_ctx|qwen3:8b (5.2 GB)"),
+    "memory": (ollama.OutOfMemory, "doesn't fit in memory|13.1 GiB|lower settings.OLLAMA_CONTEXT|qwen3:8b (5.2 GB)"),
     "killed": (ollama.OutOfMemory, "doesn't fit in memory|signal: killed"),
     "busy": (ollama.TooSlow, "Too many questions wait|ask again in a minute"),
     "malformed": (ollama.BrokenStream, "not of Ollama's protocol|\"assis|update Ollama"),
@@ -629,7 +668,7 @@ WRONG = {
     "odd": (ollama.BrokenStream, "not of Ollama's protocol"),
     "cut": (ollama.PromptCut, "read 6 of about 12 tokens|num_ctx is 512|`ollama ps`|update Ollama"),
     "uncounted": (ollama.PromptCut, "read 0 of about 12 tokens|update Ollama"),
-    "length": (ollama.NoText, "ran out of tokens while thinking|num_predict|reasoning='low'"),
+    "length": (ollama.NoText, "ran out of tokens while thinking|raise settings.THINKING_TOKENS"),
     "empty": (ollama.NoText, "answered with nothing|ask again"),
 }
 
@@ -660,7 +699,12 @@ def test_a_model_that_cannot_think_says_so(stand_in):
 
 def test_a_prompt_too_long_for_num_ctx_is_cut_by_the_server_and_refused_by_us(stand_in):
     long = "word " * 600
-    refused(ollama.PromptCut, "read 258 of about 754 tokens|raise num_ctx or give it fewer passages", ask, long)
+    refused(
+        ollama.PromptCut,
+        "read 258 of about 754 tokens|raise settings.OLLAMA_CONTEXT or give it fewer passages",
+        ask,
+        long,
+    )
     assert ask(long, num_ctx=1024).content.startswith("You said")
 
 
@@ -785,7 +829,7 @@ RAISED = [
     (response("404 page not found", 404), ollama.PortTaken, "is not Ollama"),
     (response('{"detail": "Not Found"}', 404), ollama.PortTaken, "is not Ollama"),
     (response('{"error": "cudaMalloc failed: out of memory"}'), ollama.OutOfMemory, "smaller"),
-    (response('{"error": "unable to allocate CUDA0 buffer"}'), ollama.OutOfMemory, "lower num_ctx"),
+    (response('{"error": "unable to allocate CUDA0 buffer"}'), ollama.OutOfMemory, "lower settings.OLLAMA_CONTEXT"),
     (
         response('{"error": "model failed to load, this may be due to resource limitations or an internal error"}'),
         ollama.OutOfMemory,
@@ -794,7 +838,7 @@ RAISED = [
     (
         response('{"error": "the prompt is longer than the context length currently available to the model"}', 400),
         ollama.PromptCut,
-        "raise num_ctx",
+        "raise settings.OLLAMA_CONTEXT",
     ),
     (
         response('{"error": "request (9000 tokens) exceeds the available context size (4096 tokens)"}', 400),

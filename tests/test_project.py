@@ -20,7 +20,7 @@ from helpers.settings import DOCUMENTS, QUESTIONS, ROOT
 FLOORS = [
     ["settings", "language", "plots"],
     ["chunking", "embeddings", "storage", "retrieval", "ollama", "evaluation", "house_style"],
-    ["quotes", "llms", "generation", "recording", "dataset", "four_bit", "planning", "finetuning", "export", "doctor"],
+    ["quotes", "four_bit", "llms", "generation", "recording", "dataset", "planning", "finetuning", "export", "doctor"],
     ["results", "comparison"],
     ["__main__", "widgets"],
 ]
@@ -63,7 +63,7 @@ def test_heavy_libraries_are_imported_where_they_are_used(path):
 def test_no_module_is_long():
     lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
     assert max(lines.values()) <= 450, lines
-    assert sum(lines.values()) < 6500, lines
+    assert sum(lines.values()) < 6800, lines
 
 
 def test_helpers_import_neither_langchain_community_nor_pickle():

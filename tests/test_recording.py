@@ -1,16 +1,18 @@
 """Recorded answers: written row by row, taken up where a run was stopped, and what the embedded model's rows say."""
 
 import json
-import re
+from dataclasses import replace
 
 import pytest
 import stand_in_model
 
 from helpers import recording, settings
 from helpers.evaluation import contains_answer, load_questions, share
-from helpers.llms import check_weights
-from helpers.recording import record, recorded
+from helpers.four_bit import base_digest
+from helpers.llms import QUOTES, check_weights
+from helpers.recording import hash_of, record, recorded
 from helpers.retrieval import Index, Retriever
+from helpers.storage import locked, sha256_of
 
 TEXTS = [
     "The goat of Corvejón is called Almirante. The keeper Anselmo Grieve feeds it at dawn.",
@@ -49,8 +51,9 @@ def test_a_record_says_with_what_it_was_made_and_holds_a_row_a_question(retrieve
     path = record("quotes", retriever, tmp_path, questions, progress=lambda n, of: done.append((n, of)))
     assert path == tmp_path / "answers_quotes.jsonl" and done == [(1, 3), (2, 3), (3, 3)]
     head, rows = recorded(tmp_path)["quotes"]
-    assert head["command"] == "python -m helpers record --llm quotes" and len(head["date"]) == 10
-    assert {"digest", "machine", "versions"} <= head.keys() and [row["id"] for row in rows] == ["0", "1", "2"]
+    assert head["command"] == "helpers.recording.record('quotes')" and len(head["date"]) == 10
+    assert {"digest", "machine", "versions", "documents", "questions"} <= head.keys() and head["top_k"] == 3
+    assert [row["id"] for row in rows] == ["0", "1", "2"]
     assert rows[0]["cited"][0][1:] == ["0.txt", 1] and "Anselmo Grieve" in rows[0]["text"]
     assert rows[0]["refusal"] is None  # quotes have no probabilities
     assert list(tmp_path.glob("*.partial")) == []
@@ -91,17 +94,75 @@ def test_what_was_begun_with_another_model_is_begun_anew(retriever, questions, t
     assert "old" not in [row["text"] for row in recorded(tmp_path)["quotes"][1]]
 
 
+def test_an_adapter_that_was_trained_anew_is_another_model(retriever, questions, tmp_path, monkeypatch):
+    llm, seen = replace(QUOTES, name="hf:mine"), []
+    monkeypatch.setattr(recording, "load_llm", lambda name: llm)
+    monkeypatch.setattr(recording, "_refusal", lambda *_: seen.append(1) if len(seen) < 2 else 1 / 0)
+    monkeypatch.setattr(settings, "ROOT", tmp_path)
+    (tmp_path / "mine").mkdir()
+    for weights in (b"one", b"two"):
+        (tmp_path / "mine" / "adapter_model.safetensors").write_bytes(weights)
+        with pytest.raises(ZeroDivisionError):
+            record("hf:mine", retriever, tmp_path, questions)
+        seen.clear()
+        head, *rows = recording._read(tmp_path / "answers_hf_mine.partial", partial=True)
+        assert head["digest"] == hash_of([sha256_of(tmp_path / "mine" / "adapter_model.safetensors")])
+        assert len(rows) == 2
+
+
+@pytest.mark.parametrize("change", ["top_k", "questions", "documents"])
+def test_what_was_begun_with_something_else_is_begun_anew(retriever, questions, tmp_path, embedder, change):
+    head = recorded(record("quotes", retriever, tmp_path, questions).parent)["quotes"][0]
+    (tmp_path / "answers_quotes.partial").write_text(f'{json.dumps(head)}\n{{"id": "0", "text": "old"}}\n')
+    other = retriever
+    if change == "top_k":
+        other = Retriever(retriever.index, top_k=1)
+    elif change == "documents":
+        other = Retriever(Index.from_texts(TEXTS[:1], [{"file": "0.txt", "page": 1}], embedder))
+    else:
+        questions.write_text(questions.read_text(encoding="utf-8").replace("feeds", "fed"), encoding="utf-8")
+    record("quotes", other, tmp_path, questions)
+    assert "old" not in [row["text"] for row in recorded(tmp_path)["quotes"][1]]
+    (tmp_path / "answers_quotes.partial").write_text(f'{json.dumps(head)}\n{{"id": "0", "text": "old"}}\n')
+    if change == "top_k":  # and with the same, whatever the command, it is gone on with
+        record("quotes", retriever, tmp_path, questions, command="python -m helpers record --out here")
+        assert recorded(tmp_path)["quotes"][1][0]["text"] == "old"
+
+
+def test_two_processes_never_record_into_one_file(retriever, questions, tmp_path):
+    with (
+        locked(tmp_path / "answers_quotes.jsonl"),
+        pytest.raises(TimeoutError, match=r"quotes\.jsonl\.lock .*wait for"),
+    ):
+        record("quotes", retriever, tmp_path, questions)
+    assert recorded(tmp_path) == {}
+
+
+def test_a_line_that_is_no_json_is_named_and_a_line_separator_is_none(tmp_path):
+    path = tmp_path / "answers_mine.jsonl"
+    path.write_text('{"model": "mine"}\n{"id": "1", "text": "a\u2028b\x85c"}\n{"id": "2"}\n', encoding="utf-8")
+    assert [row["id"] for row in recorded(tmp_path)["mine"][1]] == ["1", "2"]
+    path.write_text('{"model": "mine"}\n{"id": "1", "te\n{"id": "2"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"answers_mine\.jsonl, line 2 is no JSON: delete that file"):
+        recorded(tmp_path)
+    path.write_text('{"model": "mine"}\n{"id": "1", "te', encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2 is no JSON"):
+        recorded(tmp_path)
+
+
+def test_the_version_of_ollamas_server_is_recorded(retriever, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(recording, "load_llm", lambda name: replace(QUOTES, name="ollama:mine"))
+    monkeypatch.setattr(recording.ollama.Ollama, "version", lambda self: "0.12.3")
+    record("ollama:mine", retriever, tmp_path, questions)
+    assert recorded(tmp_path)["ollama:mine"][0]["versions"]["ollama server"] == "0.12.3"
+
+
 def test_a_file_that_is_no_record_is_named(tmp_path):
     (tmp_path / "answers_broken.jsonl").write_text("{}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"answers_broken\.jsonl is no record of answers: delete it"):
         recorded(tmp_path)
 
 
-TINY = settings.RESULTS / "answers_tiny.jsonl"
-needs_record = pytest.mark.skipif(not TINY.exists(), reason="the embedded model's answers are not recorded")
-
-
-@needs_record
 def test_the_record_of_the_embedded_model_is_of_these_weights_and_all_test_questions():
     head, rows = recorded()["tiny"]
     again = "run `python -m helpers record --llm tiny`"
@@ -111,16 +172,34 @@ def test_the_record_of_the_embedded_model_is_of_these_weights_and_all_test_quest
     assert all(0 <= row["refusal"] <= 1 for row in rows)
 
 
+def test_every_recorded_run_is_of_the_weights_in_the_tree():
+    """By what its heads name: the weights, the base of an adapter, or both."""
+    weights, base = check_weights(settings.TINY_GPT_OSS), base_digest(settings.TINY_GPT_OSS)
+    for path in sorted(settings.RESULTS.glob("*.jsonl")):
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        named = []
+        for head in (entry for entry in entries if "id" not in entry):
+            noted = head.get("weights", head.get("digest"))
+            if isinstance(noted, dict):  # of several folders, shortened
+                named += [weights.startswith(noted["tiny_gpt_oss"])] if "tiny_gpt_oss" in noted else []
+            elif head.get("model") == "tiny":
+                named.append(noted == weights)
+            if head.get("base_digest"):
+                named.append(head["base_digest"] == base)
+        assert all(named), f"{path.name} was recorded with other weights: make it again"
+        of_an_adapter = path.stem.startswith(("forgetting_", "phrasings_"))  # whose base an older head doesn't name
+        assert named or of_an_adapter or path.stem == "answers_quotes", f"{path.name} doesn't name its weights"
+
+
 def shares_of_the_record():
     """Return the shares right, cited among the right, and refused among the unanswerable, of the embedded model."""
     answers, asked = {row["id"]: row for row in recorded()["tiny"][1]}, load_questions(split="test").questions
-    plain = {name: re.sub(r"\[\d+\]", "", row["text"]) for name, row in answers.items()}
     answerable = [question for question in asked if question.answerable]
     right = [
         question
         for question in answerable
         if not answers[question.id]["refused"]
-        and contains_answer(plain[question.id], question.answers, question.language)
+        and contains_answer(answers[question.id]["text"], question.answers, question.language)
     ]
     cited = share(
         [question.file, question.page] in [place[1:] for place in answers[question.id]["cited"]] for question in right
@@ -129,13 +208,15 @@ def shares_of_the_record():
     return {"right": len(right) / len(answerable), "cited": cited.value, "refused": refused.value}
 
 
-@needs_record
+missed = pytest.mark.xfail(raises=AssertionError, strict=True, reason="the first weights read real documents badly")
+
+
 @pytest.mark.parametrize(
     ("what", "goal"),
     [
-        pytest.param("right", 0.70, marks=pytest.mark.xfail(reason="the first weights read real documents badly")),
+        pytest.param("right", 0.70, marks=missed),
         pytest.param("cited", 0.9),
-        pytest.param("refused", 0.75, marks=pytest.mark.xfail(reason="the first weights read real documents badly")),
+        pytest.param("refused", 0.75, marks=missed),
     ],
 )
 def test_the_embedded_model_reaches_its_goal_on_the_test_questions(what, goal):

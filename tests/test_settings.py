@@ -45,6 +45,18 @@ def test_importing_every_module_of_helpers_loads_nothing_heavy(tmp_path):
     assert not (heavy | {"langchain_community", "trl", "peft", "bitsandbytes", "datasets"}) & set(modules)
 
 
+@pytest.mark.parametrize("asked", [None, "0"])
+def test_nothing_is_reported_to_the_hub_unless_it_is_asked_for(tmp_path, monkeypatch, asked):
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
+    if asked:
+        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", asked)
+    code = (
+        "import json, helpers\nfrom huggingface_hub import constants\n"
+        "print(json.dumps(constants.HF_HUB_DISABLE_TELEMETRY))"
+    )
+    assert child(code, tmp_path) is (asked is None)
+
+
 def test_paths_do_not_depend_on_the_working_directory(tmp_path):
     code = "import json; from helpers import settings as s; print(json.dumps([str(s.DOCUMENTS), str(s.INDEXES)]))"
     assert child(code, tmp_path) == [str(settings.DOCUMENTS), str(settings.ROOT / "runs" / "index")]

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssForCausalLM
 
 from helpers import settings
 from helpers.chunking import load_documents
-from helpers.evaluation import load_questions
+from helpers.evaluation import contains_answer, load_questions
 from helpers.generation import is_refusal, rag_messages
+from helpers.language import stems
 from helpers.llms import PromptTooLong, check_weights, load_llm
-from helpers.tiny_gpt_oss import packing, prose, tokenizer, train, worlds
+from helpers.tiny_gpt_oss import curriculum, packing, prose, tokenizer, train, worlds
 from helpers.tiny_gpt_oss.batches import Bucket, Packer, Writers
 from helpers.tiny_gpt_oss.curriculum import REFUSAL, UNKNOWN, Shape, fingerprint, make_closed_book, make_example
 from helpers.tiny_gpt_oss.initialization import initialize
@@ -66,15 +67,21 @@ def test_about_one_question_in_five_is_unanswerable_and_some_passages_carry_an_i
     assert sum(held) / len(held) > 0.4  # the others were cut away
 
 
-def test_the_newer_of_two_that_disagree_holds():
-    newer = 0
+def test_the_newer_of_two_that_disagree_holds(monkeypatch):
+    """By the years that the names of their files show, where both show one."""
+    plans, plan = [], curriculum._plan
+    monkeypatch.setattr(curriculum, "_plan", lambda *given: plans.append(plan(*given)) or plans[-1])
+    compared = 0
     for example in examples(400, SHAPES[1]):
-        for turn in example.turns:
-            if turn.kind == "newer":
-                years = [max(map(int, re.findall(r"\b(?:19|20)\d\d\b", f"{p.place} {p.text}")), default=0)
-                         for p in example.passages]  # fmt: skip
-                newer += years[turn.number - 1] > 0
-    assert newer > 50
+        drafts, disagreement = plans[-1]  # in the order of the passages
+        for turn in (turn for turn in example.turns if turn.kind == "newer"):
+            old = next(number for number, draft in enumerate(drafts) if disagreement[0] in draft.facts)
+            places = (example.passages[number].place for number in (old, turn.number - 1))
+            years = [re.search(r"_(\d{4})\.", place) for place in places]
+            if all(years):
+                assert int(years[0][1]) < int(years[1][1]), turn
+                compared += 1
+    assert compared > 50
 
 
 def test_without_passages_the_only_right_answer_is_not_to_know():
@@ -169,6 +176,19 @@ def test_nothing_of_the_documents_or_the_questions_is_in_ten_thousand_worlds():
     assert not found
     # A common noun of the templates that is a name in the documents (a lantern, the Lantern) is no name here.
     assert not names & made - {word.lower() for word in templates}
+
+
+def test_no_passage_of_a_thousand_worlds_answers_a_question_of_the_evaluation():
+    """None holds an accepted answer and every word of its question that carries a subject."""
+    asked = [question for question in load_questions(settings.QUESTIONS, None).questions if question.answerable]
+    wanted = [(question, set(stems(question.question, question.language))) for question in asked]
+    read = 0
+    for example in examples(1000, Shape((1, 3), (200, 1000), 4), "honest"):
+        for passage in example.passages:
+            held, read = set(stems(passage.text, example.language)), read + 1
+            for question in (question for question, subject in wanted if subject <= held):
+                assert not contains_answer(passage.text, question.answers, example.language), (question.id, passage)
+    assert read > 1500 and all(subject for _, subject in wanted)
 
 
 def language_of(passage):

@@ -39,10 +39,11 @@ SAME_STEPS = (1,)  # phrasings, with as many steps as PER_FACT phrasings have
 PER_FACT = 5  # phrasings of a fact in dataset.jsonl
 RANKS = (16, 64, 1)
 # With passages of 1000 characters an example is eighteen times as long as one without, and a CPU trains for hours: so
-# shorter passages, fewer phrasings, and each seen once.
-READING = {"epochs": 1, "evaluation": 0}
+# shorter passages and fewer phrasings.
+READING = {"epochs": 3, "evaluation": 0}
 READING_PHRASINGS = 1
 READING_CHUNK, READING_OVERLAP = 300, 60  # characters
+ANSWER_TOKENS = 96  # of every arm: twice as many as the longest answer of dataset.jsonl has
 EDIT = ("en-021", "18,700 nebrales", "21,400 nebrales")  # as in notebook 06
 
 
@@ -287,8 +288,10 @@ def is_made(out: Path, head: dict) -> bool:
 
 def write_recording(out: Path, head: dict, rows: list[dict]) -> None:
     """Write a head, with machine and date, and the rows below it; all of it or nothing."""
+    from helpers.finetuning import base_digest
     from helpers.recording import describe_machine
 
+    head |= {"base_digest": base_digest(settings.TINY_GPT_OSS)}
     head |= {"machine": describe_machine(), "date": date.today().isoformat()}
     head |= {"versions": {name: metadata.version(name) for name in ("torch", "transformers")}}
     partial = out.with_suffix(".partial")
@@ -298,14 +301,14 @@ def write_recording(out: Path, head: dict, rows: list[dict]) -> None:
 
 
 def compare_arms(questions: Path, tuned: dict, reading: dict, out: Path, command: str) -> None:
-    from helpers.comparison import compare
+    from helpers.comparison import Corpus, arms, run
 
     def progress(done: int, of: int) -> None:
-        if done % 299 == 0 or done == of:
+        if done % 160 == 0 or done == of:
             print(f"  {done} of {of} answers", flush=True)
 
-    found, _ = compare("tiny", settings.DOCUMENTS, questions, tuned, reading, out, None, progress, command)
-    print(results.summary(found))
+    ways = [replace(way, answer_tokens=ANSWER_TOKENS) for way in arms("tiny", Corpus(), tuned, reading)]
+    print(results.summary(run(ways, load_questions(questions).questions, out, progress, command)))
 
 
 if __name__ == "__main__":
