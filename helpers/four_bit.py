@@ -18,7 +18,7 @@ from pathlib import Path
 
 from helpers import settings
 from helpers.embeddings import _hub_answers
-from helpers.storage import sha256_of
+from helpers.storage import put_back, sha256_of
 
 # Dettmers et al. 2023: 16 levels at the quantiles of a normal distribution, a scale for each 64 weights, and the scales
 # themselves in 8 bits ("double quantization"): 4.127 bits a weight.
@@ -155,6 +155,7 @@ def check_adapter(folder: Path) -> tuple[str, dict]:
     """
     from peft import PeftConfig
 
+    put_back(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise OSError(f"{folder} holds no adapter ({name} is missing): train one with `python -m helpers train`.")

@@ -19,6 +19,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 
 from helpers import ollama, settings
 from helpers.four_bit import attach, check_adapter, check_weights, is_tiny, load_tokenizer, read_base
+from helpers.storage import put_back
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 FINAL = "<|channel|>final<|message|>"  # where, in the harmony format, the answer proper begins
@@ -246,6 +247,7 @@ def load_llm(
     kind, _, model = name.partition(":")
     if kind == "hf" and model:
         ours = settings.ROOT / model  # a notebook's kernel runs in another folder
+        put_back(ours)
         return _load_local(str(ours) if ours.is_dir() and not Path(model).is_dir() else model, name, **options)
     if kind == "ollama" and model:
         return _load_ollama(model, pull=pull, **options)
