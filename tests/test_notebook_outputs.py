@@ -31,7 +31,7 @@ SECONDS = 1200  # a notebook may take 3 minutes on two quiet cores; a busy machi
 
 def compare(notebook: Path, *options: str) -> subprocess.CompletedProcess:
     """Run a notebook under nbval in a process of its own; its exit status is 0 if all outputs are the same."""
-    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-sanitize-with", MASKS, "--nbval-cell-timeout", "300"]
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-sanitize-with", MASKS, "--nbval-cell-timeout", "900"]
     environment = {name: value for name, value in os.environ.items() if name not in NOT_PASSED_ON} | SAME_EVERYWHERE
     return subprocess.run(
         [*command, "-p", "no:cacheprovider", "--color=no", *options, str(notebook)],
