@@ -202,8 +202,7 @@ def _chat(options: argparse.Namespace) -> int:
     embedder = Embedder()
     _open(options, embedder)
     talking = sys.stdin.isatty()
-    with suppress(AttributeError):  # a stand-in has none
-        sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 ends no chat
+    sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 ends no chat
     if talking:
         print("Ask in English or Spanish; 'salir' or Ctrl-D leaves. / Pregunte en español o inglés; «salir» termina.")
     history: list[tuple[str, str]] = []

@@ -8,7 +8,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -24,8 +24,8 @@ from helpers.embeddings import Embedder, Progress
 from helpers.evaluation import BadQuestions, Question
 from helpers.finetuning import base_digest, peak_memory
 from helpers.generation import Answer, answer, as_data, cite, is_refusal, passages_of, rag_messages
-from helpers.llms import LLM, Message, load_llm
-from helpers.recording import describe_machine, digest_of, documents_of, hash_of, place_of
+from helpers.llms import LLM, Message, load_llm, place_of
+from helpers.recording import describe_machine, digest_of, documents_of, hash_of
 from helpers.results import Results, kind_of
 from helpers.retrieval import Hit, Index, Retriever
 from helpers.storage import locked
@@ -311,7 +311,7 @@ def _trained_on(base: str | LLM, model: str | LLM) -> bool:
     return not base.startswith("ollama:") and digest == base_digest(place_of(base).as_posix())
 
 
-def adapters(names: Sequence[str]) -> Models:
+def adapters(names: Iterable[str]) -> Models:
     """Return models by the seed that run.json says they were trained with, or by their number. Raises ValueError."""
     found: dict[int, str] = {}
     for number, name in enumerate(names, start=1):

@@ -246,12 +246,18 @@ def load_llm(
         return _load_local(str(settings.TINY_GPT_OSS), "tiny", **options)
     kind, _, model = name.partition(":")
     if kind == "hf" and model:
-        ours = settings.ROOT / model  # a notebook's kernel runs in another folder
-        put_back(ours)
-        return _load_local(str(ours) if ours.is_dir() and not Path(model).is_dir() else model, name, **options)
+        put_back(settings.ROOT / model)
+        folder = place_of(model)
+        return _load_local(str(folder) if folder.is_dir() else model, name, **options)
     if kind == "ollama" and model:
         return _load_ollama(model, pull=pull, **options)
     raise ValueError(f"llm is {name!r}: set it to auto, ollama:MODEL, hf:NAME_OR_FOLDER, tiny or quotes.")
+
+
+def place_of(model: str) -> Path:
+    """Return the folder of a local model, below ROOT from wherever a program runs; a hub name has none."""
+    name = settings.TINY_GPT_OSS if model == "tiny" else Path(model.removeprefix("hf:"))
+    return settings.ROOT / name if (settings.ROOT / name).is_dir() and not name.is_dir() else name
 
 
 def _because(llm: LLM, why: str) -> LLM:

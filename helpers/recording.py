@@ -17,7 +17,7 @@ from helpers import ollama, settings
 from helpers.evaluation import Question, load_questions
 from helpers.four_bit import base_digest
 from helpers.generation import NOT_THERE, answer, passages_of, rag_messages
-from helpers.llms import LLM, TransformersChat, load_llm
+from helpers.llms import LLM, TransformersChat, load_llm, place_of
 from helpers.retrieval import Hit, Retriever
 from helpers.storage import locked, sha256_of
 
@@ -118,12 +118,6 @@ def describe_machine() -> str:
 
 def hash_of(parts: Sequence) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
-
-
-def place_of(model: str) -> Path:
-    """Return the folder of a local model, found as `load_llm` finds it; for a name on the hub there is none."""
-    name = settings.TINY_GPT_OSS if model == "tiny" else Path(model.removeprefix("hf:"))
-    return settings.ROOT / name if (settings.ROOT / name).is_dir() and not name.is_dir() else name
 
 
 def digest_of(llm: LLM) -> str:

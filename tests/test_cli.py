@@ -149,34 +149,16 @@ def test_chat_in_a_terminal(leave):
         os.close(terminal)
 
 
-def test_ctrl_c_stops_an_answer_and_not_the_chat(docs, monkeypatch, capsys):
+def type_in(monkeypatch, typed):
+    """Make bytes the standard input, which isn't a terminal."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+
+
+def chat_with_a_failure(monkeypatch, docs, error):
+    """Ask two questions in a chat that isn't in a terminal; the first ends with `error`."""
     from helpers import generation
 
-    questions = iter(["What takes long?\n", "Who feeds the goat of Corvejón?\n", "salir\n"])
-    monkeypatch.setattr(sys.stdin, "readline", lambda: next(questions), raising=False)
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
-    real = generation.answer
-
-    def interrupted(question, *rest, **options):
-        if "long" in question:
-            raise KeyboardInterrupt
-        return real(question, *rest, **options)
-
-    monkeypatch.setattr(generation, "answer", interrupted)
-    assert main(["chat", "--docs", str(docs)]) == 0
-    out = capsys.readouterr().out
-    assert "Stopped." in out and "Anselmo Grieve" in out
-
-
-@pytest.mark.parametrize(
-    "error",
-    [FileNotFoundError("There is no folder."), IndexRefused("It is refused."), RuntimeError("CUDA out of memory.")],
-)
-def test_a_question_that_fails_ends_no_chat(docs, monkeypatch, capsys, error):
-    from helpers import generation
-
-    questions = iter(["What fails?\n", "Who feeds the goat of Corvejón?\n", "salir\n"])
-    monkeypatch.setattr(sys, "stdin", Lines(questions))
+    type_in(monkeypatch, "What fails?\nWho feeds the goat of Corvejón?\nsalir\n".encode())
     real = generation.answer
 
     def fails(question, *rest, **options):
@@ -186,23 +168,26 @@ def test_a_question_that_fails_ends_no_chat(docs, monkeypatch, capsys, error):
 
     monkeypatch.setattr(generation, "answer", fails)
     assert main(["chat", "--docs", str(docs)]) == 0
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(docs, monkeypatch, capsys):
+    chat_with_a_failure(monkeypatch, docs, KeyboardInterrupt)
+    out = capsys.readouterr().out
+    assert "Stopped." in out and "Anselmo Grieve" in out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FileNotFoundError("There is no folder."), IndexRefused("It is refused."), RuntimeError("CUDA out of memory.")],
+)
+def test_a_question_that_fails_ends_no_chat(docs, monkeypatch, capsys, error):
+    chat_with_a_failure(monkeypatch, docs, error)
     out, err = capsys.readouterr()
     assert f"helpers: {error}" in err and "Anselmo Grieve" in out
 
 
-class Lines:
-    """A standard input that isn't a terminal."""
-
-    def __init__(self, lines):
-        self.readline = lambda: next(lines)
-
-    def isatty(self):
-        return False
-
-
 def test_a_byte_that_is_no_utf8_ends_no_chat(docs, monkeypatch, capsys):
-    raw = io.BytesIO(b"Qui\xe9n?\nWho feeds the goat of Corvej\xc3\xb3n?\nsalir\n")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw, encoding="utf-8"))
+    type_in(monkeypatch, b"Qui\xe9n?\nWho feeds the goat of Corvej\xc3\xb3n?\nsalir\n")
     assert main(["chat", "--docs", str(docs)]) == 0
     assert "Anselmo Grieve" in capsys.readouterr().out
 
@@ -223,7 +208,7 @@ def without_ollama(monkeypatch):
 
 @pytest.mark.usefixtures("without_ollama")
 def test_without_ollama_quotes_answer_and_the_doctor_says_so(docs, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", Lines(iter(["Who feeds the goat?\n", "salir\n"])))
+    type_in(monkeypatch, b"Who feeds the goat?\nsalir\n")
     for arguments in (["ask", "Who feeds the goat?"], ["chat"]):
         assert main([*arguments, "--docs", str(docs)]) == 0
         out, err = capsys.readouterr()
