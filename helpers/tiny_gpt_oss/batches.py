@@ -23,8 +23,9 @@ from helpers.generation import rag_messages
 from helpers.tiny_gpt_oss import packing, tokenizer
 from helpers.tiny_gpt_oss.curriculum import Example, Shape, Turn, make_closed_book, make_example
 from helpers.tiny_gpt_oss.prose import make_prose
+from helpers.tiny_gpt_oss.scenes import make_scenes
 
-TEXT_LOSS = 0.03  # share of the tokens outside answers that are learnt: drawn anew for each batch
+TEXT_LOSS = 0.08  # share of the tokens outside answers that are learnt: drawn anew for each batch
 ANSWER = 20  # tokens of an answer, at the most and on the average of a batch
 CLOSED_BOOK = 0.05  # share of rows without passages
 _MARK = "\x00"
@@ -40,6 +41,7 @@ class Bucket:
     branch: int = 40
     rules: bool = True  # whether the prompt starts with the course's rules
     prose: float = 0.0  # share of rows with whole passages of prose
+    scenes: float = 0.0  # share of rows with passages that are put together from the thesaurus
 
     @property
     def most_learnt(self) -> int:
@@ -109,8 +111,11 @@ class Packer:
         rows = self.rows(rng, bucket, CLOSED_BOOK)
         return self.pack(rows, bucket, np.random.default_rng(rng.getrandbits(60)))
 
-    def rows(self, rng: random.Random, bucket: Bucket, closed_book: float = 0.0) -> list[Row]:
-        """Return fresh rows that fit, both languages alike, a share of them without passages."""
+    def rows(self, rng: random.Random, bucket: Bucket, closed_book=0.0, held_out: bool = False) -> list[Row]:
+        """Return fresh rows that fit, both languages alike, a share of them without passages.
+
+        `held_out` takes prose that isn't trained on; worlds are new at each seed anyway.
+        """
         rows = []
         while len(rows) < bucket.rows:
             language = rng.choice(("en", "es"))
@@ -118,8 +123,13 @@ class Packer:
                 example = make_closed_book(rng, language, bucket.shape.questions)
                 prefix = self.prefix(example, rng.random() < 0.7)
             else:
-                make = make_prose if bucket.prose and rng.random() < bucket.prose else make_example
-                example = make(rng, language, bucket.shape)
+                roll = rng.random() if bucket.prose or bucket.scenes else 1.0
+                if roll < bucket.prose:
+                    example = make_prose(rng, language, bucket.shape, held_out)
+                elif roll < bucket.prose + bucket.scenes:
+                    example = make_scenes(rng, language, bucket.shape)
+                else:
+                    example = make_example(rng, language, bucket.shape)
                 prefix = self.prefix(example, rules=bucket.rules)
             tokens = self.tokenizer.encode(prefix)
             if len(tokens) <= bucket.prefix:

@@ -9,8 +9,9 @@ import hashlib
 import random
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from helpers.tiny_gpt_oss import thesaurus
 from helpers.tiny_gpt_oss.worlds import (
     Attribute,
     Fact,
@@ -28,11 +29,13 @@ ANSWER = {"en": "The answer is {v} [{n}].", "es": "La respuesta es {v} [{n}]."}
 REFUSAL = {"en": "The passages don't say.", "es": "Los pasajes no lo dicen."}
 UNKNOWN = {"en": "I don't know.", "es": "No lo sé."}
 
-UNANSWERABLE = 0.2  # share of questions that the passages don't answer
-DISAGREEING = 0.25  # share of examples of several passages in which two disagree
+UNANSWERABLE = 0.25  # share of questions that the passages don't answer
+DISAGREEING = 0.35  # share of examples of several passages in which two disagree
 PLANTED = 0.12  # share of examples with an instruction in a passage
 ALIKE = 0.6  # where a second fact of an entity may be of the same family of attributes: how often it is
+BROKEN = 0.4  # share of passages with their lines broken as in a PDF
 COMPOUND = 0.3  # share of facts whose attribute is put together from nouns
+RELATED = 0.45  # share of examples about things and deeds that questions put into other words
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,14 @@ class Shape:
 
 @dataclass
 class _Draft:
-    """A passage being written: its facts, the year it is of, and its text with the spans of its facts."""
+    """A passage being written: its facts, the year it is of, and its text with the spans of its facts.
+
+    `disagrees`: another passage says otherwise, so the year must show.
+    """
 
     facts: list[Fact]
     year: int = 0
+    disagrees: bool = False
     planted: str = ""
     text: str = ""
     spans: list[tuple[Fact, int, int, int, str]] = field(default_factory=list)
@@ -118,7 +125,7 @@ def make_example(rng: random.Random, language: str, shape: Shape) -> Example:
 
 
 def _try_example(rng, language, shape) -> Example | None:
-    drafts, disagreement = _plan(rng, language, shape)
+    drafts, replaced = _plan(rng, language, shape)
     payload = ""
     if rng.random() < PLANTED:
         instruction, payload = planted(rng, language)
@@ -128,14 +135,19 @@ def _try_example(rng, language, shape) -> Example | None:
     if not any(draft.spans for draft in drafts):  # every fact was cut in two
         return None
     rng.shuffle(drafts)
-    passages = tuple(Passage(invent_place(rng, language, draft.year), draft.text) for draft in drafts)
+    passages = tuple(
+        Passage(
+            invent_place(rng, language, draft.year, draft.disagrees and str(draft.year) not in draft.text), draft.text
+        )
+        for draft in drafts
+    )
     stated = [
         (fact, literal, number, place)
         for number, draft in enumerate(drafts, 1)
         for fact, _, _, place, literal in draft.spans
     ]
     unasked: list[tuple[Fact, str, int, int]] = []
-    turns = tuple(_ask(rng, language, drafts, stated, unasked, disagreement) for _ in range(shape.questions))
+    turns = tuple(_ask(rng, language, drafts, stated, unasked, replaced) for _ in range(shape.questions))
     return Example(language, passages, turns, payload)
 
 
@@ -155,49 +167,59 @@ def make_closed_book(rng: random.Random, language: str, questions: int) -> Examp
     return Example(language, (), tuple(turns))
 
 
-def _plan(rng, language, shape) -> tuple[list[_Draft], tuple[Fact, Fact] | None]:
-    """Decide which facts stand in which passage: others of the same entity, the same of other entities."""
+def _plan(rng, language, shape) -> tuple[list[_Draft], list[tuple[Fact, Fact]]]:
+    """Decide which facts stand in which passage: others of the same entity, the same of other entities.
+
+    The second result are the facts that an older passage tells otherwise: (as it was, as it is).
+    """
     kinds = list(words(language).entities)
     told: dict[tuple[str, str], Fact] = {}
     drafts = []
-    theme = rng.choice(kinds)
+    theme = thesaurus.KIND if rng.random() < RELATED else rng.choice(kinds)
     for _ in range(rng.randint(*shape.passages)):
         facts: list[Fact] = []
         wanted = max(1, round(shape.characters[1] / rng.uniform(*shape.per_fact)))
         while len(facts) < wanted:
             known = list(told.values())
-            entity, attribute, kind = "", None, theme if rng.random() < 0.6 else rng.choice(kinds)
+            entity, attribute, asked, kind = "", None, (), theme if rng.random() < 0.75 else rng.choice(kinds)
             if known and rng.random() < 0.55:
                 model = rng.choice(facts or known)
                 kind = model.kind
                 if rng.random() < 0.6:
-                    entity = model.entity  # another fact of the same entity, the likelier the harder to tell apart
+                    # Another fact of the same entity, the likelier the harder to tell apart.
+                    entity, asked = model.entity, model.asked
                     alike = siblings(language, model.attribute, kind)
                     attribute = rng.choice(alike) if alike and rng.random() < ALIKE else None
                 else:
                     attribute = model.attribute  # the same of another entity
-            fact = _invent_fact(rng, language, kind, entity, attribute)
+            fact = _invent_fact(rng, language, kind, entity, attribute, asked)
             if (fact.entity, fact.attribute.id) not in told:
                 told[fact.entity, fact.attribute.id] = fact
                 facts.append(fact)
         drafts.append(_Draft(facts, rng.randint(1990, 2026) if rng.random() < 0.4 else 0))
-    if len(drafts) < 2 or rng.random() >= DISAGREEING:
-        return drafts, None
-    older, newer = rng.sample(drafts, 2)
-    older.year, newer.year = sorted(rng.sample(range(1995, 2027), 2))
-    now = rng.choice(newer.facts)
-    before = Fact(now.entity, now.kind, now.attribute, invent_value(rng, language, now.attribute))
-    if before.value == now.value:
-        return drafts, None
-    older.facts.append(before)
-    return drafts, (before, now)
+    replaced: list[tuple[Fact, Fact]] = []
+    if len(drafts) > 1 and rng.random() < DISAGREEING:
+        older, newer = rng.sample(drafts, 2)
+        older.year, newer.year = sorted(rng.sample(range(1995, 2027), 2))
+        older.disagrees = newer.disagrees = True
+        for now in rng.sample(newer.facts, min(len(newer.facts), rng.randint(1, 3))):
+            before = replace(now, value=invent_value(rng, language, now.attribute))
+            if before.value != now.value:
+                older.facts.append(before)
+                replaced.append((before, now))
+    return drafts, replaced
 
 
-def _invent_fact(rng, language, kind, entity: str = "", attribute: Attribute | None = None) -> Fact:
+def _invent_fact(rng, language, kind, entity: str = "", attribute: Attribute | None = None, asked=()) -> Fact:
+    if kind == thesaurus.KIND:
+        attribute = attribute or thesaurus.related_attribute(rng, language)
+        if not entity:
+            entity, asked = thesaurus.invent_thing(rng, language)
     if attribute is None:
         compound = rng.random() < COMPOUND and kind != "person"
         attribute = compound_attribute(rng, language) if compound else rng.choice(words(language).attributes[kind])
-    return Fact(entity or invent_entity(rng, language, kind), kind, attribute, invent_value(rng, language, attribute))
+    entity = entity or invent_entity(rng, language, kind)
+    return Fact(entity, kind, attribute, invent_value(rng, language, attribute), asked)
 
 
 def _write(rng, language, draft: _Draft, characters: int) -> None:
@@ -228,8 +250,8 @@ def _write(rng, language, draft: _Draft, characters: int) -> None:
         draft.add(with_strange_word(rng, rng.choice(frame["fillers"])), separator)
         separator = " "
     _cut(rng, draft, characters)
-    if rng.random() < 0.4:
-        _break_lines(rng, draft)
+    if rng.random() < BROKEN:
+        draft.text = break_lines(rng, draft.text)
 
 
 def _write_prose(rng, language, draft, facts, characters) -> None:
@@ -288,29 +310,30 @@ def _cut(rng, draft, characters) -> None:
     ]
 
 
-def _break_lines(rng, draft) -> None:
-    """Break long lines as a page of a PDF breaks them; an answer reads them as one."""
+def break_lines(rng: random.Random, text: str) -> str:
+    """Return a text with its long lines broken as a page of a PDF breaks them; an answer reads them as one."""
     width = rng.randint(45, 95)
-    letters, column = list(draft.text), 0
+    letters, column = list(text), 0
     for place, letter in enumerate(letters):
         column = 0 if letter == "\n" else column + 1
         if letter == " " and column > width - 6:
             letters[place], column = "\n", 0
-    draft.text = "".join(letters)
+    return "".join(letters)
 
 
-def _ask(rng, language, drafts: Sequence[_Draft], stated, unasked: list, disagreement) -> Turn:
+def _ask(rng, language, drafts: Sequence[_Draft], stated, unasked: list, replaced) -> Turn:
     if rng.random() < UNANSWERABLE:
         return Turn(_unanswerable(rng, language, drafts), REFUSAL[language], "unanswerable")
     if not unasked:
         unasked += rng.sample(stated, len(stated))
     kind, (fact, literal, number, place) = "value", unasked.pop()
-    if disagreement and rng.random() < 0.35:
-        fact = disagreement[1]
-    if disagreement and fact in disagreement:
-        both = {said: rest for said, *rest in stated if said in disagreement}
+    if replaced and rng.random() < 0.35:
+        fact = rng.choice(replaced)[1]
+    pair = next((pair for pair in replaced if fact in pair), None)
+    if pair:
+        both = {said: rest for said, *rest in stated if said in pair}
         # Where the newer one was cut away, the older is all there is.
-        fact = disagreement[1] if disagreement[1] in both else disagreement[0]
+        fact = pair[1] if pair[1] in both else pair[0]
         if fact not in both:
             return Turn(_question(rng, language, fact), REFUSAL[language], "unanswerable")
         kind = "newer" if len(both) == 2 else "value"
@@ -330,7 +353,7 @@ def _unanswerable(rng, language, drafts) -> str:
         if roll < 0.45:
             alike = siblings(language, model.attribute, model.kind)
             attribute = rng.choice(alike) if alike and rng.random() < ALIKE else None
-            asked = _invent_fact(rng, language, model.kind, model.entity, attribute)
+            asked = _invent_fact(rng, language, model.kind, model.entity, attribute, model.asked)
         elif roll < 0.9:
             asked = _invent_fact(rng, language, model.kind, attribute=model.attribute)
         else:
@@ -340,7 +363,8 @@ def _unanswerable(rng, language, drafts) -> str:
 
 
 def _question(rng, language, fact) -> str:
-    return as_typed(rng, language, fill(rng.choice(fact.attribute.questions), language, fact.entity))
+    entity = rng.choice(fact.asked or (fact.entity,))
+    return as_typed(rng, language, fill(rng.choice(fact.attribute.questions), language, entity))
 
 
 def as_typed(rng: random.Random, language: str, question: str) -> str:
@@ -353,8 +377,11 @@ def as_typed(rng: random.Random, language: str, question: str) -> str:
     return question
 
 
-def invent_place(rng: random.Random, language: str, year: int) -> str:
-    """Return where a passage stands, such as 'fares_2019.pdf, p. 3'; with the year it is of, 0 for none."""
+def invent_place(rng: random.Random, language: str, year: int, dated: bool = False) -> str:
+    """Return where a passage stands, such as 'fares_2019.pdf, p. 3'.
+
+    `year` is the one it is of, 0 for none; in a share of the places it shows, and in all that are `dated`.
+    """
     stem = rng.choice(words(language).frame["file_stems"])
-    year = year if year and rng.random() < 0.7 else rng.choice((0, 0, year))
+    year = year if dated or (year and rng.random() < 0.7) else rng.choice((0, 0, year))
     return f"{stem}{f'_{year}' if year else ''}.{rng.choice(('pdf', 'txt'))}, p. {rng.randint(1, 40)}"

@@ -12,6 +12,8 @@ from functools import lru_cache
 
 from helpers.tiny_gpt_oss.curriculum import (
     ANSWER,
+    BROKEN,
+    DISAGREEING,
     PLANTED,
     REFUSAL,
     UNANSWERABLE,
@@ -20,93 +22,148 @@ from helpers.tiny_gpt_oss.curriculum import (
     Shape,
     Turn,
     as_typed,
+    break_lines,
     invent_place,
     planted,
 )
 from helpers.tiny_gpt_oss.worlds import FOLDER, contracted, invent
 
+HELD_OUT = 12  # one file in so many is never trained on
 CUT, JOINED = 0.5, 0.35  # shares of passages that lose their ends, and that begin with the end of another
+TOGETHER = 0.6  # share of examples whose passages are all of one file, and so about the same things
+REPLACED = 0.5  # share of the values that a passage's newer edition gives anew
 _SLOT = re.compile(r"\{(\w+)(?:([:|])([^{}]*))?\}")
 
 
 @dataclass(frozen=True)
 class Prose:
-    """A passage with slots, its (question, answer) pairs, and questions that it doesn't answer."""
+    """A passage with slots, its (question, answer) pairs, questions that it doesn't answer, and its file."""
 
     text: str
     questions: tuple[tuple[str, str], ...]
     missing: tuple[str, ...]
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A passage without slots; `questions` are (question, answer, where in the text the answer begins)."""
+
+    text: str
+    questions: tuple[tuple[str, str, int], ...]
+    missing: tuple[str, ...]
 
 
 @lru_cache
-def collection(language: str) -> tuple[Prose, ...]:
-    """Read the passages of a language, 'en' or 'es'."""
+def collection(language: str, held_out: bool = False) -> tuple[Prose, ...]:
+    """Read the passages of a language, 'en' or 'es': those to train on, or those held out."""
     found = []
-    for path in sorted((FOLDER / "prose").glob(f"*.{language}.toml")):
-        for entry in tomllib.loads(path.read_text(encoding="utf-8"))["passage"]:
-            pairs = tuple((question, answer) for question, answer in entry["questions"])
-            found.append(Prose(entry["text"].strip(), pairs, tuple(entry["missing"])))
+    for number, path in enumerate(sorted((FOLDER / "prose").glob(f"*.{language}.toml"))):
+        if (number % HELD_OUT == HELD_OUT - 1) is held_out:
+            for entry in tomllib.loads(path.read_text(encoding="utf-8"))["passage"]:
+                pairs = tuple((question, answer) for question, answer in entry["questions"])
+                found.append(Prose(entry["text"].strip(), pairs, tuple(entry["missing"]), path.stem))
     return tuple(found)
 
 
-def fill_slots(rng: random.Random, language: str, prose: Prose) -> Prose:
-    """Return a passage with every slot filled; lines are joined."""
-    values: dict[str, str] = {}
+def invent_values(rng: random.Random, language: str, prose: Prose) -> dict[str, str]:
+    """Return a value for each slot of a passage."""
+    values = {}
     for name, sign, rest in _SLOT.findall(prose.text):
-        if sign == ":":
-            values[name] = invent(rng, language, rest.strip())
-        elif sign:
-            values[name] = " ".join(rng.choice(rest.split("|")).split())
+        if sign:
+            values[name] = (
+                invent(rng, language, rest.strip()) if sign == ":" else " ".join(rng.choice(rest.split("|")).split())
+            )
+    return values
+
+
+def fill_slots(language: str, prose: Prose, values: dict[str, str]) -> Filled:
+    """Return a passage with its slots filled."""
 
     def filled(text: str) -> str:
         text = _SLOT.sub(lambda found: values[found[1]], text)
         return contracted(text) if language == "es" else text
 
-    paragraphs = [" ".join(part.split()) if len(part) > 120 else part for part in prose.text.split("\n\n")]
-    text = "\n\n".join(paragraphs)
-    pairs = tuple((filled(question), filled(answer)) for question, answer in prose.questions)
-    return Prose(filled(text), pairs, tuple(map(filled, prose.missing)))
+    bare = _SLOT.sub(lambda found: f"{{{found[1]}}}", prose.text)
+    text = filled(bare)
+
+    questions = []
+    for question, pattern in prose.questions:
+        near, answer = len(filled(bare[: max(bare.find(pattern), 0)])), filled(pattern)
+        # A number may stand elsewhere too: the one nearest to its slot is meant. Contracted ("al" for "a el"): nowhere.
+        starts = [found.start() for found in re.finditer(re.escape(answer), text)]
+        if starts:
+            questions.append((filled(question), answer, min(starts, key=lambda start: abs(start - near))))
+    return Filled(text, tuple(questions), tuple(map(filled, prose.missing)))
 
 
-def make_prose(rng: random.Random, language: str, shape: Shape) -> Example:
-    """Write one example of filled passages; the same `rng` state writes the same example."""
+def make_prose(rng: random.Random, language: str, shape: Shape, held_out: bool = False) -> Example:
+    """Write one example of the collection's passages; the same `rng` state writes the same example."""
     count = rng.randint(*shape.passages)
-    chosen = [fill_slots(rng, language, prose) for prose in rng.sample(collection(language), 2 * count + 1)]
-    inside, outside = chosen[:count], chosen[count:]
+    known = collection(language, held_out)
+    file = rng.choice(known).file
+    kin = [prose for prose in known if prose.file == file]
+    pool = kin if len(kin) > 2 * count and rng.random() < TOGETHER else known
+    return example_of(rng, language, shape, rng.sample(pool, 2 * count + 1))
+
+
+def example_of(rng: random.Random, language: str, shape: Shape, chosen: list[Prose]) -> Example:
+    """Write one example of passages with slots: the first half is shown, of the others there are questions in vain.
+
+    In a share of those of several passages one is an older edition of another, with other values.
+    """
+    count, chosen = len(chosen) // 2, list(chosen)
+    values = [invent_values(rng, language, prose) for prose in chosen]
+    years = [0] * count
+    if count > 1 and rng.random() < DISAGREEING:
+        again = invent_values(rng, language, chosen[0])
+        chosen[1] = chosen[0]
+        values[1] = {name: again[name] if rng.random() < REPLACED else value for name, value in values[0].items()}
+        years[1], years[0] = sorted(rng.sample(range(1995, 2027), 2))
+    filled = [fill_slots(language, *pair) for pair in zip(chosen, values, strict=True)]
+    inside, outside = list(zip(filled[:count], years, strict=True)), filled[count:]
+    rng.shuffle(inside)
     payload = ""
-    texts = []
-    for prose, other in zip(inside, outside, strict=False):
-        text = prose.text
+    texts, stated = [], {}
+    for number, ((prose, year), other) in enumerate(zip(inside, outside, strict=False), 1):
+        text, shift = prose.text, 0
         if rng.random() < JOINED:
-            text = f"{other.text[-rng.randint(60, 350) :]}\n\n{text}"
-        texts.append(_cut(rng, text, rng.randint(*shape.characters)))
+            before = f"{other.text[-rng.randint(60, 350) :]}\n\n"
+            text, shift = before + text, len(before)
+        start, end = _cut(rng, text, rng.randint(*shape.characters))
+        texts.append(text[start:end])
+        for question, answer, place in prose.questions:
+            first = place + shift - start
+            if first >= 0 and first + len(answer) <= end - start:
+                stated.setdefault(question, []).append((year, answer, number, first))
     if rng.random() < PLANTED:
         number = rng.randrange(count)
         instruction, payload = planted(rng, language)
         texts[number] = f"{texts[number]} {instruction}"
-    stated = [
-        (question, answer, number, text.index(answer))
-        for number, (prose, text) in enumerate(zip(inside, texts, strict=True), 1)
-        for question, answer in prose.questions
-        if answer in text
-    ]
-    unsaid = [question for prose in inside for question in prose.missing]
-    unsaid += [question for prose in outside[count:] for question, _ in prose.questions]
+    unsaid = [question for prose, _ in inside for question in prose.missing]
+    unsaid += [question for prose in outside[count:] for question, _, _ in prose.questions]
+    unsaid = [question for question in unsaid if question not in stated] or ["?"]
     turns, unasked = [], []
     for _ in range(shape.questions):
         if not stated or rng.random() < UNANSWERABLE:
             turns.append(Turn(as_typed(rng, language, rng.choice(unsaid)), REFUSAL[language], "unanswerable"))
             continue
-        unasked = unasked or rng.sample(stated, len(stated))
-        question, value, number, start = unasked.pop()
+        unasked = unasked or rng.sample(list(stated), len(stated))
+        question = unasked.pop()
+        kind = "newer" if len({answer for _, answer, _, _ in stated[question]}) > 1 else "value"
+        _, value, number, start = max(stated[question])
         answer = ANSWER[language].format(v=value, n=number)
-        turns.append(Turn(as_typed(rng, language, question), answer, "value", value, number, start))
-    passages = tuple(Passage(invent_place(rng, language, 0), text) for text in texts)
-    return Example(language, passages, tuple(turns), payload)
+        turns.append(Turn(as_typed(rng, language, question), answer, kind, value, number, start))
+    places = [invent_place(rng, language, year, dated=bool(year)) for _, year in inside]
+    passages = (
+        Passage(place, break_lines(rng, text) if rng.random() < BROKEN else text)
+        for place, text in zip(places, texts, strict=True)
+    )
+    return Example(language, tuple(passages), tuple(turns), payload)
 
 
-def _cut(rng: random.Random, text: str, characters: int) -> str:
-    """Return a text as a splitter leaves it: at most so long, and in half of the cases without its first words."""
+def _cut(rng: random.Random, text: str, characters: int) -> tuple[int, int]:
+    """Return what a splitter leaves of a text: at most so much, and in half of the cases without its first words."""
     start = text.find(" ", rng.randint(0, 120)) + 1 if rng.random() < CUT else 0
     end = len(text) if len(text) - start <= characters else max(text.rfind(" ", 0, start + characters), start + 1)
-    return text[start:end]
+    return start, end

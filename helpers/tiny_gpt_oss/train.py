@@ -57,6 +57,8 @@ BUCKETS = {
     "some": Bucket(Shape((1, 3), (120, 500), 12), 52, 448),
     "three": Bucket(Shape((2, 3), (400, 1000), 16), 32, 896, 44),
     "full": Bucket(Shape((3, 5), (500, 1000), 16), 24, 1408, 44),
+    "scenes": Bucket(Shape((1, 1), (120, 500), 12), 60, 320, scenes=1.0),
+    "scenes three": Bucket(Shape((2, 3), (300, 1000), 16), 28, 1024, 44, scenes=1.0),
     "prose": Bucket(Shape((1, 1), (500, 1000), 10), 48, 512, 44, prose=1.0),
     "prose three": Bucket(Shape((2, 3), (600, 1000), 16), 24, 1280, 44, prose=1.0),
 }
@@ -65,8 +67,35 @@ STAGES = (
     Stage(1150, 2e-3, (("dense", 0.1), ("one", 0.3), ("some", 0.6))),
     Stage(3000, 1.5e-3, (("one", 0.1), ("some", 0.2), ("three", 0.35), ("full", 0.35))),
 )
-# Going on from shipped weights: prose as it is, and enough of the rest that it isn't forgotten.
-PROSE_STAGES = (Stage(2500, 6e-4, (("prose", 0.35), ("prose three", 0.35), ("some", 0.1), ("full", 0.2))),)
+# Then sentences that tell several things at once, other words in questions than in passages, and prose as people write.
+LATER_STAGES = (
+    Stage(
+        3300,
+        1.5e-3,
+        (
+            ("scenes", 0.3),
+            ("some", 0.2),
+            ("one", 0.1),
+            ("three", 0.1),
+            ("scenes three", 0.1),
+            ("prose", 0.1),
+            ("prose three", 0.1),
+        ),
+    ),
+    Stage(
+        6700,
+        1.2e-3,
+        (
+            ("scenes", 0.1),
+            ("scenes three", 0.18),
+            ("some", 0.1),
+            ("three", 0.12),
+            ("full", 0.15),
+            ("prose", 0.15),
+            ("prose three", 0.2),
+        ),
+    ),
+)
 
 
 def model_config(vocabulary: int, pad: int, stop: int) -> GptOssConfig:
@@ -208,7 +237,7 @@ class Training:
         self.packer = Packer(self.tokenizer, self.model.config.sliding_window)
         matrices = [weight for weight in self.model.parameters() if weight.ndim > 1]
         vectors = [weight for weight in self.model.parameters() if weight.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=stages[0].rate, betas=(0.9, 0.98), fused=True)
         for weight in self.model.parameters():
             weight.grad = torch.zeros_like(weight)
@@ -277,7 +306,7 @@ class Training:
         right: dict[str, list[bool]] = {}
         bucket = replace(self.buckets[name], rows=8)
         for number in range(batches):
-            rows = self.packer.rows(random.Random(f"held out {name} {number}"), bucket)
+            rows = self.packer.rows(random.Random(f"held out {name} {number}"), bucket, held_out=True)
             batch = self.packer.pack(rows, bucket)
             inputs = (part.to(self.device) for part in batch.tensors(bucket.most_learnt))
             ids, padding, pointed, places, targets, weights = inputs
@@ -376,12 +405,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--smaller", type=int, default=1, help="divide the rows of every batch, 12 for a CPU (default 1)"
     )
-    parser.add_argument("--go-on", action="store_true", help="from the shipped weights, with whole passages of prose")
+    parser.add_argument("--go-on", action="store_true", help="the later stages alone, from the shipped weights")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prepare(options.folder)
     with Writers(options.folder, WINDOW, max(1, settings.machine().cores - 1)) as writers:
-        stages, weights = (PROSE_STAGES, settings.TINY_GPT_OSS) if options.go_on else (STAGES, None)
+        stages = LATER_STAGES if options.go_on else (*STAGES, *LATER_STAGES)
+        weights = settings.TINY_GPT_OSS if options.go_on else None
         training = Training(options.folder, stages, device, smaller=options.smaller, weights=weights)
         training.write(curriculum=fingerprint(), torch=torch.__version__, device=device, step=training.step)
         training.run(writers)

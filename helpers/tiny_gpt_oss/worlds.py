@@ -100,12 +100,16 @@ class Words:
 
 @dataclass(frozen=True)
 class Fact:
-    """One value of one attribute of one entity; `entity` as it stands in a sentence, article included."""
+    """One value of one attribute of one entity; `entity` as it stands in a sentence, article included.
+
+    `asked`: other ways to call the entity, for questions; none: as it stands.
+    """
 
     entity: str
     kind: str
     attribute: Attribute
     value: str
+    asked: tuple[str, ...] = ()
 
 
 @lru_cache
@@ -176,7 +180,9 @@ def invent(rng: random.Random, language: str, kind: str) -> str:
 def siblings(language: str, attribute: Attribute, kind: str) -> list[Attribute]:
     """Return the other attributes of a kind of entity that differ from this one by a qualifier alone."""
     family = attribute.family
-    return [a for a in words(language).attributes[kind] if family and a.family == family and a.id != attribute.id]
+    return [
+        a for a in words(language).attributes.get(kind, ()) if family and a.family == family and a.id != attribute.id
+    ]
 
 
 def with_strange_word(rng: random.Random, text: str) -> str:
