@@ -208,7 +208,7 @@ def shares_of_the_record():
     return {"right": len(right) / len(answerable), "cited": cited.value, "refused": refused.value}
 
 
-missed = pytest.mark.xfail(raises=AssertionError, strict=True, reason="the first weights read real documents badly")
+missed = pytest.mark.xfail(raises=AssertionError, strict=True, reason="these weights read real documents badly")
 
 
 @pytest.mark.parametrize(
