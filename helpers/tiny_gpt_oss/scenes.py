@@ -14,20 +14,7 @@ from helpers.tiny_gpt_oss.thesaurus import aside, forms, frames, groups, invent_
 from helpers.tiny_gpt_oss.worlds import invent_name, with_strange_word, words
 
 TIMES = ("date", "year", "month", "weekday")
-_IN_TABLES = {
-    "money",
-    "count",
-    "year",
-    "length",
-    "weight",
-    "clock",
-    "small",
-    "percent",
-    "duration",
-    "code",
-    "hours",
-    "date",
-}
+_IN_TABLES = set("money count year length weight clock small percent duration code hours date".split())
 
 
 @dataclass

@@ -69,33 +69,15 @@ STAGES = (
 )
 # Then sentences that tell several things at once, other words in questions than in passages, and prose as people write.
 LATER_STAGES = (
-    Stage(
-        3300,
-        1.5e-3,
-        (
-            ("scenes", 0.3),
-            ("some", 0.2),
-            ("one", 0.1),
-            ("three", 0.1),
-            ("scenes three", 0.1),
-            ("prose", 0.1),
-            ("prose three", 0.1),
-        ),
-    ),
-    Stage(
-        6700,
-        1.2e-3,
-        (
-            ("scenes", 0.1),
-            ("scenes three", 0.18),
-            ("some", 0.1),
-            ("three", 0.12),
-            ("full", 0.15),
-            ("prose", 0.15),
-            ("prose three", 0.2),
-        ),
-    ),
-)
+    Stage(3300, 1.5e-3, (
+        ("scenes", 0.3), ("some", 0.2), ("one", 0.1), ("three", 0.1), ("scenes three", 0.1), ("prose", 0.1),
+        ("prose three", 0.1),
+    )),
+    Stage(6700, 1.2e-3, (
+        ("scenes", 0.1), ("scenes three", 0.18), ("some", 0.1), ("three", 0.12), ("full", 0.15), ("prose", 0.15),
+        ("prose three", 0.2),
+    )),
+)  # fmt: skip
 
 
 def model_config(vocabulary: int, pad: int, stop: int) -> GptOssConfig:
