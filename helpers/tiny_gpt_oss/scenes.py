@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from helpers.tiny_gpt_oss.curriculum import Example, Shape
 from helpers.tiny_gpt_oss.prose import Prose, example_of
-from helpers.tiny_gpt_oss.thesaurus import aside, forms, frames, groups, invent_thing, without_article
+from helpers.tiny_gpt_oss.thesaurus import Group, aside, forms, frames, groups, invent_thing, without_article
 from helpers.tiny_gpt_oss.worlds import invent_name, with_strange_word, words
 
 TIMES = ("date", "year", "month", "weekday")
@@ -23,8 +23,8 @@ class Cast:
 
     people: list[tuple[str, str]]
     things: list[tuple[str, tuple[str, ...]]]
-    deeds: list
-    measures: list
+    deeds: list[Group]
+    measures: list[Group]
     told: set = field(default_factory=set)
 
 
@@ -88,12 +88,12 @@ class Writer:
                 return option
         return None
 
-    def ask(self, kind: str, answer: str, group, said: str, **parts: str) -> None:
+    def ask(self, kind: str, answer: str, group: Group, said: str, **parts: str | tuple[str, ...]) -> None:
         """Add two questions about a deed that use other words."""
         for _ in range(2):
             self.questions.append((self.question(kind, group, said, **parts), answer))
 
-    def question(self, kind: str, group, said: str, **parts) -> str:
+    def question(self, kind: str, group: Group, said: str, **parts: str | tuple[str, ...]) -> str:
         """Return a question about a deed; parts that are tuples are wordings to choose from."""
         template = self.rng.choice(self.frames["asked"][kind])
         past, participle = forms(group.asked(self.rng, said))
@@ -192,7 +192,7 @@ class Writer:
         )
         return _sentence(text)
 
-    def inquiry(self, group, said: str, wordings: tuple[str, ...]) -> str:
+    def inquiry(self, group: Group, said: str, wordings: tuple[str, ...]) -> str:
         """Return a question for an attribute."""
         noun = group.asked(self.rng, said)
         template = self.rng.choice(self.frames["inquired"])
