@@ -134,11 +134,7 @@ def test_an_answer_stands_where_its_slot_is_and_not_where_the_same_number_stands
     assert question == ("How many crews?", "7", len("Of 7 boats and "))
 
 
-def made_of_scenes(rng, language, shape):
-    return scenes.make_scenes(rng, language, shape)
-
-
-@pytest.mark.parametrize("make", [prose.make_prose, made_of_scenes])
+@pytest.mark.parametrize("make", [prose.make_prose, scenes.make_scenes])
 def test_examples_of_prose_and_of_scenes_are_like_the_others(make):
     kinds = []
     for number in range(200):
@@ -160,7 +156,7 @@ def test_questions_on_scenes_use_other_words_than_the_passage():
     """Of three words of a question that carry a subject, one or more stands in no passage."""
     strange = asked = 0
     for number in range(100):
-        example = made_of_scenes(random.Random(number), "en", Shape((1, 1), (300, 600), 6))
+        example = scenes.make_scenes(random.Random(number), "en", Shape((1, 1), (300, 600), 6))
         for turn in (turn for turn in example.turns if turn.number):
             words_ = stems(turn.question, "en")
             held = set(stems(example.passages[0].text, "en"))

@@ -111,7 +111,7 @@ class Packer:
         rows = self.rows(rng, bucket, CLOSED_BOOK)
         return self.pack(rows, bucket, np.random.default_rng(rng.getrandbits(60)))
 
-    def rows(self, rng: random.Random, bucket: Bucket, closed_book=0.0, held_out: bool = False) -> list[Row]:
+    def rows(self, rng: random.Random, bucket: Bucket, closed_book: float = 0.0, held_out: bool = False) -> list[Row]:
         """Return fresh rows that fit, both languages alike, a share of them without passages.
 
         `held_out` takes prose that isn't trained on; worlds are new at each seed anyway.

@@ -142,6 +142,7 @@ def example_of(rng: random.Random, language: str, shape: Shape, chosen: list[Pro
         texts[number] = f"{texts[number]} {instruction}"
     unsaid = [question for prose, _ in inside for question in prose.missing]
     unsaid += [question for prose in outside[count:] for question, _, _ in prose.questions]
+    # Passages of fillers alone leave nothing to ask for in vain.
     unsaid = [question for question in unsaid if question not in stated] or ["?"]
     turns, unasked = [], []
     for _ in range(shape.questions):

@@ -5,13 +5,21 @@ know which of its values it wants. Questions use other words of the thesaurus.
 """
 
 import random
-import re
 from dataclasses import dataclass, field
 
 from helpers.tiny_gpt_oss.curriculum import Example, Shape
 from helpers.tiny_gpt_oss.prose import Prose, example_of
-from helpers.tiny_gpt_oss.thesaurus import Group, aside, forms, frames, groups, invent_thing, without_article
-from helpers.tiny_gpt_oss.worlds import invent_name, with_strange_word, words
+from helpers.tiny_gpt_oss.thesaurus import (
+    Group,
+    aside,
+    forms,
+    frames,
+    groups,
+    invent_thing,
+    noun_phrase,
+    without_article,
+)
+from helpers.tiny_gpt_oss.worlds import contracted, invent_name, with_strange_word, words
 
 TIMES = ("date", "year", "month", "weekday")
 _IN_TABLES = set("money count year length weight clock small percent duration code hours date".split())
@@ -132,7 +140,7 @@ class Writer:
             self.ask("what", entity, group, said, a=name)
             if name not in self.known and rng.random() < 0.4:
                 self.known.add(name)
-                title = f"the {post}" if language == "en" else post
+                title = noun_phrase(language, post)
                 by = f", {title},"
                 self.questions.append((_sentence(rng.choice(self.frames["asked"]["role"]).format(a=name)), title))
             if language == "es":
@@ -183,7 +191,7 @@ class Writer:
         more = [f"{both[1]} {without_article(noun)} {number}" for _, noun, number, _ in told[1:]]
         joined = f", {more[0]}" if len(more) == 1 else f", {more[0]} {both[0]} {more[1]}" if more else ""
         text = rng.choice(self.frames["stated"]).format(
-            m=_with_article(language, said),
+            m=noun_phrase(language, said),
             b=without_article(said),
             e=entity,
             v=value,
@@ -196,7 +204,7 @@ class Writer:
         """Return a question for an attribute."""
         noun = group.asked(self.rng, said)
         template = self.rng.choice(self.frames["inquired"])
-        phrase = {"m": _with_article(self.language, noun), "b": without_article(noun)}
+        phrase = {"m": noun_phrase(self.language, noun), "b": without_article(noun)}
         return _sentence(template.format(e=self.rng.choice(wordings), **phrase))
 
     def table(self) -> str:
@@ -222,12 +230,8 @@ class Writer:
         return "\n".join(lines)
 
 
-def _with_article(language: str, noun: str) -> str:
-    return f"the {noun}" if language == "en" else noun
-
-
 def _sentence(text: str) -> str:
     """Return a text that begins with a capital, contracted in Spanish."""
-    text = re.sub(r"\b([Dd]e|[Aa]) el (?=[\wáéíóúñ])", lambda found: f"{found[1]}l ", text)
+    text = contracted(text)
     start = next((place for place, letter in enumerate(text) if letter.isalpha() or letter == "{"), 0)
     return text[:start] + text[start : start + 1].upper() + text[start + 1 :]

@@ -62,8 +62,8 @@ def invent_thing(rng: random.Random, language: str) -> tuple[str, tuple[str, ...
     asked = []
     for _ in range(ASKED):
         others = [group and group.asked(rng, word) for group, word in zip((noun, adjective, part), words, strict=True)]
-        asked.append(_phrase(language, *others, name if rng.random() < 0.8 or not adjective else ""))
-    return _phrase(language, *words, name), tuple(asked)
+        asked.append(noun_phrase(language, *others, name if rng.random() < 0.8 or not adjective else ""))
+    return noun_phrase(language, *words, name), tuple(asked)
 
 
 def related_attribute(rng: random.Random, language: str) -> Attribute:
@@ -100,7 +100,7 @@ def _measure(rng, language) -> Attribute:
     words = [group.said(rng), adjective and adjective.said(rng), role and role.said(rng)]
 
     def put(template: str, noun: str, adjective: str | None, role: str | None) -> str:
-        phrase = _phrase(language, noun, adjective)
+        phrase = noun_phrase(language, noun, adjective)
         phrase += f" {'for the' if language == 'en' else 'para'} {role}" if role else ""
         slots = {"{m}": phrase, "{b}": without_article(phrase), "{s}": aside(rng, language)}
         for slot, word in slots.items():
@@ -138,7 +138,7 @@ def aside(rng: random.Random, language: str) -> str:
     return rng.choice(frames(language)["asides"])
 
 
-def _phrase(language: str, noun: str, adjective: str | None, part: str | None = None, name: str = "") -> str:
+def noun_phrase(language: str, noun: str, adjective: str | None = None, part: str | None = None, name: str = "") -> str:
     """Return a noun with its article, adjective, the thing it is part of and its name."""
     name = f" {name}" if name else ""
     if language == "en":
