@@ -38,8 +38,9 @@ class PromptTooLong(ValueError):
 class TransformersChat(BaseChatModel):
     """A chat model that runs in this process with transformers: greedy, or sampled with a seed.
 
-    `temperature` 0 takes the likeliest token each time; above 0 it draws, the same for the same `seed`. What a
-    checkpoint's own generation settings ask for (top_p and the like) is left aside: the loop is all there is.
+    `temperature` 0 takes the likeliest token each time; above 0 it draws, the same for the same `seed`. With
+    `no_repeat` an answer never holds a stretch of so many tokens twice, so it can't fall into a loop; 0 leaves it free.
+    What a checkpoint's own generation settings ask for (top_p and the like) is left aside: the loop is all there is.
     """
 
     model: Any
@@ -47,6 +48,7 @@ class TransformersChat(BaseChatModel):
     temperature: float = 0.0
     seed: int = 0
     max_tokens: int = settings.ANSWER_TOKENS
+    no_repeat: int = 0
 
     @property
     def _llm_type(self) -> str:
@@ -87,9 +89,10 @@ class TransformersChat(BaseChatModel):
         stops = self.model.generation_config.eos_token_id
         stops = set(stops if isinstance(stops, list) else [stops]) | {self.tokenizer.eos_token_id}
         generator = torch.Generator().manual_seed(self.seed)
-        unread, seen = ids, None
+        unread, seen, said = ids, None, []
         for _ in range(min(self.max_tokens, self.context - len(ids))):
             (logits,), seen = self._read(unread, seen)
+            logits[repeating(said, self.no_repeat)] = -torch.inf
             if self.temperature:
                 token = int(torch.multinomial((logits / self.temperature).softmax(-1), 1, generator=generator))
             else:
@@ -98,6 +101,7 @@ class TransformersChat(BaseChatModel):
                 return
             yield token
             unread = [token]
+            said.append(token)
 
     def _read(self, ids: list[int], seen=None, every: bool = False):
         """Read `ids`, `seen` being the cache of what was read before; return logits and the cache of it all.
@@ -152,6 +156,17 @@ class TransformersChat(BaseChatModel):
         return ChatResult(generations=[ChatGeneration(message=AIMessage(content=text))])
 
 
+def repeating(said: Sequence[int], length: int) -> list[int]:
+    """Return the tokens that would end a stretch of `length` tokens which `said` holds already; [] for a length of 0.
+
+    The rule is transformers' `no_repeat_ngram_size`, which counts the prompt too: an answer could then copy nothing.
+    """
+    if not length:
+        return []
+    end, last = len(said) - length + 1, tuple(said[len(said) - length + 1 :])
+    return [said[at + length - 1] for at in range(end) if tuple(said[at : at + length - 1]) == last]
+
+
 def answer_all(chat: TransformersChat, talks: Sequence[Sequence[Message]], batch: int = 16) -> list[str]:
     """Return the likeliest answer to each of many conversations, `batch` at a time: far sooner than one by one."""
     import torch
@@ -160,12 +175,19 @@ def answer_all(chat: TransformersChat, talks: Sequence[Sequence[Message]], batch
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
         inputs = chat.tokenizer(some, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-        options = {"max_new_tokens": chat.max_tokens, "do_sample": False}
+        prompt_length = inputs["input_ids"].shape[1]
+
+        def without_loops(ids, scores, prompt_length=prompt_length):
+            for row, said in zip(scores, ids[:, prompt_length:].tolist(), strict=True):
+                row[repeating(said, chat.no_repeat)] = -torch.inf
+            return scores
+
+        options = {"max_new_tokens": chat.max_tokens, "do_sample": False, "logits_processor": [without_loops]}
         if chat.model.device.type == "cpu":
             options["prefill_chunk_size"] = READ_AT_ONCE
         with torch.inference_mode():
             ids = chat.model.generate(**inputs.to(chat.model.device), **options)
-        answers = ids[:, inputs["input_ids"].shape[1] :].tolist()
+        answers = ids[:, prompt_length:].tolist()
         said += [chat._visible(prompt, answer).strip() for prompt, answer in zip(some, answers, strict=True)]
     return said
 

@@ -128,6 +128,23 @@ def test_experts_are_packed_as_bitsandbytes_packs_them():
     assert torch.equal(state.offset, theirs[0].quant_state.offset)
 
 
+def test_a_block_is_cut_where_four_bits_then_err_least():
+    """Each block errs at most as much as with its largest number as the scale, and some far less."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    def errors(weight, stored):
+        rounded = dequantize_4bit(*quantize_4bit(stored, quant_type="nf4"))
+        return (rounded - weight).square().view(-1, 64).sum(1)
+
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    plain, cut = errors(weight, weight), errors(weight, four_bit.fitted(weight))
+    assert (cut <= plain).all() and cut.sum() < 0.95 * plain.sum()
+    odd = torch.randn(3, 21, generator=torch.Generator().manual_seed(0))  # no whole number of blocks
+    assert four_bit.fitted(odd).shape == odd.shape and (four_bit.fitted(odd).abs() <= odd.abs()).all()
+    assert torch.equal(four_bit.fitted(torch.zeros(2, 64)), torch.zeros(2, 64))
+
+
 def test_mxfp4_becomes_nf4(mxfp4):
     import torch
 

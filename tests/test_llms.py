@@ -13,7 +13,7 @@ from ollama_stand_in import StandIn
 from helpers import llms, ollama, settings
 from helpers.four_bit import base_digest, read_base
 from helpers.generation import rag_messages
-from helpers.llms import FINAL, LLM, PromptTooLong, TransformersChat, estimate_tokens, load_llm
+from helpers.llms import FINAL, LLM, PromptTooLong, TransformersChat, answer_all, estimate_tokens, load_llm, repeating
 from helpers.storage import sha256_of
 
 MESSAGES = rag_messages("Who keeps the light?", [("a.txt, p. 1", "The light is kept by nobody.")])
@@ -57,6 +57,32 @@ def test_temperature_draws_and_the_seed_repeats_it(folder):
 
     assert said(1) == said(1) and said(1) != said(2)
     assert said(1, 0.0) == said(2, 0.0)
+
+
+def test_no_stretch_comes_twice_where_the_rule_says_so(llm):
+    """A model of random weights loops at once; the rule holds for one answer alone and for many in a batch."""
+    talks = [[{"role": "user", "content": text}] for text in ("Who?", "¿Cuándo abre el almacén los domingos?")]
+
+    def stretches(chat, talk):
+        said = list(chat.tokens(chat.prompt(talk)))
+        return [tuple(said[at : at + 3]) for at in range(len(said) - 2)]
+
+    free = llm.chat.model_copy(update={"max_tokens": 60})
+    ruled = free.model_copy(update={"no_repeat": 3})
+    assert any(len(set(found)) < len(found) for found in (stretches(free, talk) for talk in talks))
+    for talk in talks:
+        found = stretches(ruled, talk)
+        assert len(set(found)) == len(found) > 20
+    one_by_one = [ruled.tokenizer.decode(list(ruled.tokens(ruled.prompt(talk))), skip_special_tokens=True).strip()
+                  for talk in talks]  # fmt: skip
+    assert answer_all(ruled, talks) == one_by_one != answer_all(free, talks)
+
+
+def test_the_tokens_that_would_repeat_a_stretch():
+    assert repeating([1, 2, 3, 1, 2], 3) == [3]
+    assert repeating([1, 2, 3, 1, 2, 4, 1, 2], 3) == [3, 4]
+    assert repeating([1, 2, 3, 1, 2], 4) == repeating([1, 2], 3) == repeating([1, 2, 1], 0) == []
+    assert repeating([7, 8], 1) == [7, 8]
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(llm):
