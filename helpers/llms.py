@@ -3,13 +3,14 @@
 Each is a LangChain chat model, so it streams and composes with the rest of LangChain.
 """
 
+import math
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,13 @@ def repeating(said: Sequence[int], length: int) -> list[int]:
     return [said[at + length - 1] for at in range(end) if tuple(said[at : at + length - 1]) == last]
 
 
+def _without_repeats(length: int, no_repeat: int, ids, scores):
+    """Rule out, in each row, the tokens that would repeat a stretch of what follows its prompt of `length` tokens."""
+    for row, said in zip(scores, ids[:, length:].tolist(), strict=True):
+        row[repeating(said, no_repeat)] = -math.inf
+    return scores
+
+
 def answer_all(chat: TransformersChat, talks: Sequence[Sequence[Message]], batch: int = 16) -> list[str]:
     """Return the likeliest answer to each of many conversations, `batch` at a time: far sooner than one by one."""
     import torch
@@ -175,19 +183,15 @@ def answer_all(chat: TransformersChat, talks: Sequence[Sequence[Message]], batch
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
         inputs = chat.tokenizer(some, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-        prompt_length = inputs["input_ids"].shape[1]
-
-        def without_loops(ids, scores, prompt_length=prompt_length):
-            for row, said in zip(scores, ids[:, prompt_length:].tolist(), strict=True):
-                row[repeating(said, chat.no_repeat)] = -torch.inf
-            return scores
-
-        options = {"max_new_tokens": chat.max_tokens, "do_sample": False, "logits_processor": [without_loops]}
+        length = inputs["input_ids"].shape[1]
+        options = {"max_new_tokens": chat.max_tokens, "do_sample": False}
+        if chat.no_repeat:
+            options["logits_processor"] = [partial(_without_repeats, length, chat.no_repeat)]
         if chat.model.device.type == "cpu":
             options["prefill_chunk_size"] = READ_AT_ONCE
         with torch.inference_mode():
             ids = chat.model.generate(**inputs.to(chat.model.device), **options)
-        answers = ids[:, prompt_length:].tolist()
+        answers = ids[:, length:].tolist()
         said += [chat._visible(prompt, answer).strip() for prompt, answer in zip(some, answers, strict=True)]
     return said
 
