@@ -1,6 +1,7 @@
 """Question sets, and how good an answer or a search was: recall, MRR, exact match, F1, with intervals."""
 
 import json
+import math
 import re
 import statistics
 import string
@@ -16,6 +17,7 @@ from helpers.retrieval import Index, Retriever
 
 KINDS = ("fact", "newer", "unanswerable")
 SPLITS = ("dev", "test")
+Z = statistics.NormalDist().inv_cdf(0.975)  # of 95 % intervals
 DEPTH = 10  # how far down a search is followed to find the rank of the right passage
 
 # Removed before answers are compared, as in the evaluation of SQuAD (Rajpurkar et al. 2016) and of MLQA for Spanish
@@ -74,8 +76,8 @@ class QuestionSet:
 class Share:
     """A share of `n` cases with its 95 % Wilson interval."""
 
-    successes: int
-    n: int
+    successes: float
+    n: float
 
     @property
     def value(self) -> float:
@@ -96,14 +98,16 @@ def share(outcomes: Iterable[bool]) -> Share:
     return Share(sum(outcomes), len(outcomes))
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share (Wilson 1927): (0, 1) for no cases."""
-    from scipy.stats import binomtest
+def wilson(successes: float, n: float) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson 1927): (0, 1) for no cases.
 
-    if n == 0:
+    Where the outcome of a case is a mean over seeds, `successes` may have a fraction.
+    """
+    if not n:
         return 0.0, 1.0
-    interval = binomtest(successes, n).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    share, spread = successes / n, Z**2 / n
+    middle, half = share + spread / 2, math.sqrt(spread * share * (1 - share) + spread**2 / 4)
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 def load_questions(path: str | Path = settings.QUESTIONS, split: str | None = None) -> QuestionSet:

@@ -114,10 +114,10 @@ class Results:
     def share(self, arm: str, kind: str, measure: str = "") -> Share:
         """Return the share of the questions of a kind for which a yes-or-no `measure` holds.
 
-        Seeds are no further cases: `n` counts questions, and their mean outcomes are added up and rounded.
+        Seeds are no further cases: `n` counts questions, and the mean outcome of each is added up.
         """
         scored = self.outcomes(arm, kind, measure).values()
-        return Share(round(sum(scored)), len(scored))
+        return Share(sum(scored), len(scored))
 
     def cut(self, arm: str) -> Share:
         """Return the share of an arm's answers, those of all its seeds, that ran to the limit of tokens."""
@@ -295,7 +295,7 @@ def _refusals(results: Results, arm: str) -> tuple[Share, Share]:
     rows = [row for row in results.rows if row["arm"] == arm and row["scores"]["refused"]]
     seeds = len({row["seed"] for row in results.rows if row["arm"] == arm})
     due = sum(row["kind"] == "unanswerable" for row in rows)
-    return Share(round(due / seeds), round(len(rows) / seeds)), results.share(arm, "unanswerable", "refused")
+    return Share(due / seeds, len(rows) / seeds), results.share(arm, "unanswerable", "refused")
 
 
 def _costs(results: Results, arm: str) -> dict[str, float]:

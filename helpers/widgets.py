@@ -135,7 +135,7 @@ def loss_panel():
     """Return (panel, watch): a panel that draws the losses of a training as they come, and what `train` is given."""
     import ipywidgets
 
-    view = ipywidgets.HTML("The curves are drawn here.")
+    view = ipywidgets.HTML("The losses are drawn here while it trains.")
 
     def watch(losses: list[dict], step: int, steps: int) -> None:
         if "eval_loss" in losses[-1] or step % max(1, steps // 100) == 0:

@@ -1,5 +1,6 @@
 """What every test shares. The environment is set before anything imports torch or the hub's client."""
 
+import multiprocessing
 import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -18,6 +19,14 @@ def embedder():
     from helpers.embeddings import Embedder
 
     return Embedder()
+
+
+@pytest.fixture(scope="session")
+def forkserver():
+    """Make processes of the start method "forkserver" begin with the libraries imported, which takes long once."""
+    models = (f"transformers.{name}" for name in ("models.gpt_oss.modeling_gpt_oss", "integrations.mxfp4"))
+    libraries = ["sentence_transformers", "trl.trainer.sft_trainer", "peft", "bitsandbytes", *models]
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*libraries, "test_finetuning"])
 
 
 @pytest.fixture

@@ -1,71 +1,23 @@
 """A conversation in a terminal with a model behind Ollama: processes, a pseudo-terminal and the stand-in server."""
 
 import os
-import pty
-import select
 import signal
 import socket
-import sys
-import time
 
 import psutil
 import pytest
+from chat_in_a_terminal import Chat
 from ollama_stand_in import StandIn, write_program
 
 MODEL = "gpt-oss:20b"
 
 
-class Chat:
-    """`python -m helpers chat` in a terminal of its own."""
-
-    def __init__(self, *arguments):
-        self.pid, self.terminal = pty.fork()
-        if self.pid == 0:
-            os.execv(sys.executable, [sys.executable, "-m", "helpers", "chat", *arguments])
-
-    def until(self, text, seconds=60):
-        """Return what was shown until `text` appeared."""
-        shown, end = "", time.monotonic() + seconds
-        while text not in shown:
-            assert time.monotonic() < end, f"{text!r} never appeared in {shown!r}"
-            if select.select([self.terminal], [], [], 0.1)[0]:
-                shown += os.read(self.terminal, 65536).decode("utf-8", "replace")
-        return shown
-
-    def say(self, line):
-        os.write(self.terminal, line.encode() + b"\n")
-
-    def first_word(self, line, seconds=60):
-        """Ask, and return the seconds until a word of the answer shows: on the clock, and of the CPU."""
-        process = psutil.Process(self.pid)
-        used, started, shown, asked = process.cpu_times(), time.monotonic(), b"", line.encode()
-        self.say(line)
-        while asked not in shown or not shown.rpartition(asked)[2].strip():
-            assert time.monotonic() < started + seconds, f"no answer in {shown!r}"
-            if select.select([self.terminal], [], [], 0.1)[0]:
-                shown += os.read(self.terminal, 65536)
-        waited, now = time.monotonic() - started, process.cpu_times()
-        return waited, now.user + now.system - used.user - used.system
-
-    def leave(self):
-        self.say("salir")
-        status = os.waitpid(self.pid, 0)[1]
-        self.pid = 0
-        return status
-
-    def close(self):
-        if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        os.close(self.terminal)
-
-
 @pytest.fixture
-def chat():
+def chat(forkserver):
     started = []
 
-    def start(*arguments):
-        started.append(Chat(*arguments))
+    def start(*arguments, **options):
+        started.append(Chat(*arguments, **options))
         return started[-1]
 
     yield start
@@ -183,7 +135,7 @@ def test_the_server_that_chat_started_is_gone_when_it_ends(chat, monkeypatch, tm
     def running():
         return [one for one in psutil.process_iter(["cmdline"]) if str(program) in (one.info["cmdline"] or ())]
 
-    talk = chat("--llm", "ollama:plain:1b")
+    talk = chat("--llm", "ollama:plain:1b", fresh=True)
     talk.until("\n> ")
     assert running()
     talk.say("Who makes the Lumbrera 9?")

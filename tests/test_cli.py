@@ -3,14 +3,11 @@
 import io
 import json
 import os
-import pty
-import select
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from chat_in_a_terminal import Chat
 
 from helpers import doctor, ollama, settings
 from helpers.__main__ import main
@@ -111,42 +108,25 @@ def test_chat_without_a_terminal_prompts_for_nothing():
     assert done.stdout.count("Sources") + done.stdout.count("documents don't say") == 1
 
 
-def read_until(terminal, text, seconds=60):
-    """Return what the terminal showed until `text` appeared."""
-    shown, end = "", time.monotonic() + seconds
-    while text not in shown:
-        assert time.monotonic() < end, f"{text!r} never appeared in {shown!r}"
-        if select.select([terminal], [], [], 0.2)[0]:
-            try:
-                shown += os.read(terminal, 65536).decode("utf-8", "replace")
-            except OSError:  # the other end is closed
-                break
-    return shown
-
-
-@pytest.mark.parametrize("leave", ["salir\n", "EXIT\n", "\x04"], ids=["salir", "EXIT", "Ctrl-D"])
-def test_chat_in_a_terminal(leave):
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(sys.executable, [sys.executable, "-m", "helpers", "chat"])
+@pytest.mark.usefixtures("forkserver")
+@pytest.mark.parametrize(
+    ("leave", "fresh"), [("salir\n", False), ("EXIT\n", False), ("\x04", True)], ids=["salir", "EXIT", "Ctrl-D"]
+)
+def test_chat_in_a_terminal(leave, fresh):
+    talk = Chat(fresh=fresh)
     try:
-        read_until(terminal, "\n> ")
-        os.write(terminal, "¿Quién fabrica la Lumbrera 9?\n".encode())
-        assert "Fuentes" in read_until(terminal, "s)\r\n")
-        os.write(terminal, b"\n")
-        read_until(terminal, "> ")
-        os.kill(pid, signal.SIGINT)  # at the prompt it ends nothing
-        read_until(terminal, "> ")
-        os.write(terminal, b"What is the boiling point of tungsten?\n")
-        assert "documents don't say" in read_until(terminal, "s)\r\n")
-        os.write(terminal, leave.encode())
-        assert os.waitpid(pid, 0)[1] == 0
-        pid = 0
+        talk.until("\n> ")
+        talk.say("¿Quién fabrica la Lumbrera 9?")
+        assert "Fuentes" in talk.until("s)\r\n")
+        talk.say("")
+        talk.until("> ")
+        talk.press_ctrl_c()  # at the prompt it ends nothing
+        talk.say("What is the boiling point of tungsten?")
+        assert "documents don't say" in talk.until("s)\r\n")
+        os.write(talk.terminal, leave.encode())
+        assert talk.ended() == 0
     finally:
-        if pid:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        os.close(terminal)
+        talk.close()
 
 
 def type_in(monkeypatch, typed):

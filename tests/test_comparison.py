@@ -550,7 +550,10 @@ def test_a_share_comes_with_wilsons_interval():
 def test_seeds_are_no_further_questions():
     found = made_up({(TUNED, 0): [1, 1, 0, 0], (TUNED, 1): [1, 1, 1, 0], (TUNED, 2): [1, 0, 0, 0]})
     assert list(found.outcomes(TUNED, "taught").values()) == pytest.approx([1, 2 / 3, 1 / 3, 0])
-    assert (found.share(TUNED, "taught").successes, found.share(TUNED, "taught").n) == (2, 4)
+    assert found.share(TUNED, "taught").n == 4 and found.share(TUNED, "taught").successes == pytest.approx(2)
+    once = made_up({(TUNED, 0): [1, 0], (TUNED, 1): [0, 0], (TUNED, 2): [0, 0]}).share(TUNED, "taught")
+    low, high = once.interval  # right once in three trainings is not never
+    assert once.value == pytest.approx(1 / 6) and wilson(0, 2)[0] < low < 1 / 6 < high < wilson(1, 2)[1]
 
 
 @pytest.mark.parametrize(

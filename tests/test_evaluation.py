@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from scipy.stats import binomtest
 
 from helpers.chunking import Document
 from helpers.evaluation import (
@@ -170,6 +171,9 @@ def test_wilson_against_published_numbers():
     assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
     assert wilson(0, 0) == (0.0, 1.0)
+    for successes, n in ((0, 40), (1, 40), (39, 40), (40, 40), (250, 500)):
+        theirs = binomtest(successes, n).proportion_ci(method="wilson")
+        assert wilson(successes, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
 def test_recall_and_mrr_by_hand():

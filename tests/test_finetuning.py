@@ -27,7 +27,6 @@ ROWS = [
     for ask, colour in (("What is", "blue"), ("Say the colour of", "green"))
     for thing in "lamp rope tide oar net buoy mast keel anchor sail gull crab pier bell fog lens stair boat".split()
 ]
-GPT_OSS = [f"transformers.{name}" for name in ("models.gpt_oss.modeling_gpt_oss", "integrations.mxfp4")]
 QUICK = {"epochs": 2, "learning_rate": 1e-2, "checkpoints": 6}
 
 
@@ -464,12 +463,10 @@ def learn(base, dataset, folder, options):
 
 def kill_at_random(base, dataset, folder, kills, seed, **options):
     """Train in processes that are killed `kills` times at random moments, each going on where the last was."""
-    context = multiprocessing.get_context("forkserver")  # it imports the libraries once
-    context.set_forkserver_preload(["test_finetuning", "trl.trainer.sft_trainer", "peft", "bitsandbytes", *GPT_OSS])
     note, chance = folder / "step", random.Random(seed)
     note.write_text("0")
     for kill in range(kills + 1):
-        process = context.Process(target=learn, args=(base, dataset, folder, options))
+        process = multiprocessing.get_context("forkserver").Process(target=learn, args=(base, dataset, folder, options))
         process.start()
         if kill < kills:
             goal = int(note.read_text()) + chance.randint(1, 4)
@@ -482,6 +479,7 @@ def kill_at_random(base, dataset, folder, kills, seed, **options):
         assert (folder / "out").exists() == (kill == kills)  # no half adapter
 
 
+@pytest.mark.usefixtures("forkserver")
 def test_killed_three_times_it_goes_on_to_the_same_adapter(trained, base, dataset, tmp_path):
     kill_at_random(base, dataset, tmp_path, 3, seed=4)
     assert_same_adapter(tmp_path / "out", trained[0].folder)
@@ -491,6 +489,7 @@ def test_killed_three_times_it_goes_on_to_the_same_adapter(trained, base, datase
 
 
 @pytest.mark.stress
+@pytest.mark.usefixtures("forkserver")
 def test_killed_twenty_times_it_goes_on_to_the_same_adapter(base, dataset, tmp_path):
     """Long enough for twenty kills, and a checkpoint every other step, so that some are hit."""
     long = {"epochs": 20, "checkpoints": 80}

@@ -162,14 +162,14 @@ def test_mxfp4_becomes_nf4(mxfp4):
 
 def test_it_holds_one_shard_and_two_layers_in_16_bits_at_most_and_says_nothing(tmp_path):
     """Measured in a process of its own, whose standard error a notebook would show."""
-    layers, experts, width = 14, 32, 256
+    layers, experts, width = 8, 32, 256
     shape = {
         "hidden_size": width,
         "intermediate_size": width,
         "num_hidden_layers": layers,
         "num_local_experts": experts,
     }
-    folder = stand_in_model.make_mxfp4(tmp_path, shards=7, **shape)
+    folder = stand_in_model.make_mxfp4(tmp_path, shards=4, **shape)
     small = stand_in_model.make_mxfp4(tmp_path / "small")
     code = (
         "import sys, threading, psutil\n"

@@ -113,7 +113,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on_and_it_does(base, dataset, tm
     """As a process: the signal comes while the trainer is at work."""
     start = "import sys; from pathlib import Path; from helpers import __main__, settings; "
     start += f"settings.RUNS = Path({str(tmp_path)!r}); sys.exit(__main__.main(sys.argv[1:]))"
-    given = ["--base", base, "--dataset", str(dataset), "--out", str(tmp_path / "out"), "--epochs", "10"]
+    given = ["--base", base, "--dataset", str(dataset), "--out", str(tmp_path / "out"), "--epochs", "5"]
     command, pipes = [sys.executable, "-c", start, "train", *given], {"stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, stderr=subprocess.PIPE, **pipes) as process:
         while not (line := process.stdout.readline()).startswith("Step 12 of"):

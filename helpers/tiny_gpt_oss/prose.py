@@ -7,6 +7,7 @@ choices; an answer is a stretch of the text, word for word.
 import random
 import re
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -89,12 +90,22 @@ def fill_slots(language: str, prose: Prose, values: dict[str, str]) -> Filled:
 
     questions = []
     for question, pattern in prose.questions:
-        near, answer = len(filled(bare[: max(bare.find(pattern), 0)])), filled(pattern)
-        # A number may stand elsewhere too: the one nearest to its slot is meant. Contracted ("al" for "a el"): nowhere.
-        starts = [found.start() for found in re.finditer(re.escape(answer), text)]
-        if starts:
-            questions.append((filled(question), answer, min(starts, key=lambda start: abs(start - near))))
+        answer = filled(pattern)
+        starts = list(_places(answer, text))
+        if len(starts) > 1:  # a number may stand elsewhere too: the one nearest to its slot is meant
+            near = len(filled(bare[: max(bare.find(pattern), 0)]))
+            starts.sort(key=lambda start: abs(start - near))
+        if starts:  # contracted ("al" for "a el") it stands nowhere
+            questions.append((filled(question), answer, starts[0]))
     return Filled(text, tuple(questions), tuple(map(filled, prose.missing)))
+
+
+def _places(part: str, text: str) -> Iterator[int]:
+    """Yield where `part` begins in `text`."""
+    start = text.find(part)
+    while start >= 0:
+        yield start
+        start = text.find(part, start + len(part))
 
 
 def make_prose(rng: random.Random, language: str, shape: Shape, held_out: bool = False) -> Example:
