@@ -25,7 +25,7 @@ from helpers.storage import put_back, sha256_of
 # themselves in 8 bits ("double quantization"): 4.127 bits a weight.
 NF4 = {"quant_type": "nf4", "compress_statistics": True}
 BLOCK = 64  # weights with one scale
-SCALES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # tried for it, as shares of a block's largest weight
+SCALES = (1.0, 0.95, 0.9, 0.85, 0.8)  # tried for it, as shares of a block's largest weight
 TEMPLATE_DATE = date(2026, 1, 1)  # instead of today in chat templates: else ids and losses change from day to day
 LEFT_OVER = 0.1  # the share of the weights that should be in 4 bits and may not be
 

@@ -118,13 +118,13 @@ _QWEN3 = {
 }  # fmt: skip
 _TINY = (
     "fifteen times the learning rate: an adapter on so narrow matrices moves the output less a step, and steps are "
-    "few; half as many evaluations, which on a CPU take a good part of the time"
+    "few; a third as many evaluations, which on a CPU take a good part of the time"
 )
 PRESETS = {  # the largest first
     # In float16 its losses go to infinity (Unsloth, "Long Context gpt-oss Training", 2025).
     "gpt-oss-20b": Preset("openai/gpt-oss-20b", "Apache-2.0", 13.8, shape=_GPT_OSS, bfloat16=True),
     "small": Preset("Qwen/Qwen3-0.6B", "Apache-2.0", 1.5, shape=_QWEN3),
-    "tiny": Preset(str(TINY_GPT_OSS), "MIT", 0.0, {"learning_rate": 3e-3, "checkpoints": 6}, _TINY),
+    "tiny": Preset(str(TINY_GPT_OSS), "MIT", 0.0, {"learning_rate": 3e-3, "checkpoints": 4}, _TINY),
 }
 
 
