@@ -22,7 +22,7 @@ Span = tuple[int, int]
 # Where a text is cut, the best place first: between paragraphs, lines, sentences, words; else anywhere.
 SEPARATORS = ("\n\n", "\n", ". ", " ")
 SUFFIXES = (".pdf", ".txt")
-OCR = "Run an OCR program over it (for example: ocrmypdf in.pdf out.pdf) and replace it."
+OCR = "run an OCR program over the file (for example: ocrmypdf in.pdf out.pdf) and replace the file."
 EXPORT = "Open it in a PDF viewer and export it again, or download it again."
 
 _VOWELS = re.compile(r"[aeiouyáéíóúüàèìòùâêîôûäöæœ]", re.IGNORECASE)
@@ -164,15 +164,15 @@ def _judge(texts: list[str | PageFault], path: Path) -> tuple[str, str]:
             return "its text looks garbled (not a text file, or an unknown encoding)", "Save it again as UTF-8."
         return ("it holds only white space", "Put text in it or remove it.") if empty else ("", "")
     if len(empty) == len(texts):
-        return f"no text on its {_count(len(texts), 'page')} (scanned?)", OCR
+        return f"no text on its {_count(len(texts), 'page')} (scanned?)", f"If it is a scan, {OCR}"
     found = []
     if damaged:
         found.append((f"page {_list(damaged)} is damaged", EXPORT))
     if garbled:
         which = "its text" if len(garbled) == len(texts) else f"the text of page {_list(garbled)}"
-        found.append((f"{which} looks garbled (a font without a character map)", OCR))
+        found.append((f"{which} looks garbled (a font without a character map)", f"To have its text, {OCR}"))
     if empty:
-        found.append((f"no text on page {_list(empty)} (scanned or blank?)", f"If these pages are scans: {OCR}"))
+        found.append((f"no text on page {_list(empty)} (scanned or blank?)", f"If it is a scan, {OCR}"))
     return "; ".join(problem for problem, _ in found), " ".join(advice for _, advice in found)
 
 
