@@ -3,8 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 # What makes outputs the same on every machine: no GPU, full precision; and one thread a process, so that two
-# processes on two cores don't slow each other twentyfold.
-REPEATABLE := CUDA_VISIBLE_DEVICES= HELPERS_DTYPE=float32 HELPERS_LLM=tiny HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# processes on two cores don't slow each other twentyfold. PyTorch's compiler has no work on a CPU here, and its import
+# takes seconds of each process.
+REPEATABLE := CUDA_VISIBLE_DEVICES= HELPERS_DTYPE=float32 HELPERS_LLM=tiny HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+  TORCHDYNAMO_DISABLE=1
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test run chat bench stress
