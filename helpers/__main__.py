@@ -36,8 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code: 0, or 2 with one sentence on standard error."""
     options = _parser().parse_args(arguments)
     if options.run is not _train:
-        # Some libraries import PyTorch's compiler as they start, which takes seconds; of all this only a training has
-        # a use for it.
+        # Else some libraries import PyTorch's compiler, which takes seconds. Only a training might use it.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from helpers.ollama import OllamaError
     from helpers.storage import IndexRefused

@@ -278,8 +278,8 @@ class _Shape:
             "activations": kept * self.width,
             "logits": logits,
         }
-        # Gaps between what was freed and what is asked for next; and CUDA's context, or the imported libraries, whose
-        # code alone was 0.54 GiB, and the whole run 0.83 GiB where 0.5 was planned for them, on Linux with torch 2.13.
+        # CUDA's context, or the imported libraries; and gaps between what was freed and what is asked for next. With
+        # torch 2.13 on Linux the imports took 0.54 GiB, and a run of `tiny` 0.15 GiB more than was planned with 0.5.
         own, size = ("CUDA's own", 0.5) if device == "cuda" else ("libraries", 0.65)
         parts[own] = size * GIB + 0.04 * sum(parts.values())
         return {part: size / GIB for part, size in parts.items() if size}

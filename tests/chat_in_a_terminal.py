@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 
@@ -57,16 +58,16 @@ class Chat:
         os.write(self.terminal, line.encode() + b"\n")
 
     def press_ctrl_c(self) -> None:
-        """Interrupt at the prompt until it comes back.
+        """Interrupt at the prompt, until the chat says what ends it and asks again.
 
         A signal that comes after `input` has shown the prompt and before it reads is lost: then press again.
         """
         for _ in range(10):
             os.kill(self.pid, signal.SIGINT)
-            if select.select([self.terminal], [], [], 6)[0]:
-                self.until("> ")
+            with suppress(AssertionError):
+                self.until("('salir')\r\n\r\n> ", 6)
                 return
-        raise AssertionError("After ten interrupts there is no prompt.")
+        raise AssertionError("Ten interrupts at the prompt were not noticed.")
 
     def first_word(self, line: str, seconds: float = 60) -> tuple[float, float]:
         """Ask, and return the seconds until a word of the answer shows: on the clock, and of the CPU."""
