@@ -18,7 +18,7 @@ from helpers.evaluation import contains_answer, load_questions
 from helpers.generation import is_refusal, rag_messages
 from helpers.language import stems
 from helpers.llms import PromptTooLong, check_weights, load_llm
-from helpers.tiny_gpt_oss import curriculum, packing, prose, scenes, thesaurus, tokenizer, train, worlds
+from helpers.tiny_gpt_oss import curriculum, optimizers, packing, prose, scenes, thesaurus, tokenizer, train, worlds
 from helpers.tiny_gpt_oss.batches import Bucket, Packer, Writers
 from helpers.tiny_gpt_oss.curriculum import REFUSAL, UNKNOWN, Shape, fingerprint, make_closed_book, make_example
 from helpers.tiny_gpt_oss.initialization import initialize
@@ -446,6 +446,40 @@ def test_an_interrupted_training_goes_on_with_the_same_next_batch(tmp_path, monk
     assert loaded.dtype == torch.bfloat16 and not loaded.config.tie_word_embeddings
     assert sum(weight.numel() for weight in loaded.parameters()) < 12e6
     check_weights(tmp_path / "model")
+
+
+def test_each_weight_belongs_to_one_optimizer_and_experts_change_where_they_are():
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(model_config(4096, 0, 5))
+    model.lm_head.weight = model.model.embed_tokens.weight
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    made = optimizers.make(model, 1e-3)
+    parts = [part for kind in made.values() for group in kind.param_groups for part in group["params"]]
+    assert sum(part.numel() for part in parts) == sum(weight.numel() for weight in before.values())
+    for weight in model.parameters():  # where they were, as a step of training leaves them
+        weight.grad.copy_(torch.randn_like(weight))
+    for kind in made.values():
+        kind.step()
+    for name, weight in model.named_parameters():
+        assert not torch.equal(weight, before[name]), name
+    name = "model.layers.0.mlp.experts.down_proj"
+    for step in model.get_parameter(name).detach() - before[name] * (1 - 1e-3 * optimizers.WEIGHT_DECAY):
+        lengths = torch.linalg.svdvals(step)  # of one expert, in every direction
+        assert lengths.max() < 3 * lengths.min()
+
+
+def test_going_on_from_weights_keeps_their_tokenizer_and_starts_where_they_ended(tmp_path, monkeypatch):
+    """The words of the curriculum have changed since: a tokenizer learnt anew has other ids than the weights know."""
+    monkeypatch.setattr(train, "BUCKETS", {"few": Bucket(Shape((1, 1), (60, 120), 4), 8, 144)})
+    weights = settings.TINY_GPT_OSS
+    training = Training(tmp_path, (Stage(1, 1e-6, (("few", 1.0),)),), weights=weights)
+    for name in train.FILES:
+        assert (tmp_path / name).read_bytes() == (weights / name).read_bytes()
+    bucket = train.BUCKETS["few"]
+    loss, _, right = training.learn(bucket, training.packer.batch(bucket, "the first")).tolist()
+    assert loss < 2 and right > 0.7  # from nothing the loss starts at 8.3
 
 
 # The shipped model

@@ -26,7 +26,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 
 from helpers import settings
-from helpers.tiny_gpt_oss import packing, tokenizer
+from helpers.tiny_gpt_oss import optimizers, packing, tokenizer
 from helpers.tiny_gpt_oss.batches import Batch, Bucket, Packer, Writers
 from helpers.tiny_gpt_oss.curriculum import Shape, fingerprint
 from helpers.tiny_gpt_oss.initialization import ROPE, initialize
@@ -156,10 +156,15 @@ def decay(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP, 0.02 + 0.98 * left)
 
 
-def prepare(folder: Path) -> None:
-    """Make a run's folder with the tokenizer in it, unless it is there already."""
+def prepare(folder: Path, weights: Path | None = None) -> None:
+    """Make a run's folder with the tokenizer in it, unless it is there already: that of the weights to go on from."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "tokenizer.json").exists():
+    if (folder / "tokenizer.json").exists():
+        return
+    if weights:
+        for name in FILES:
+            shutil.copy(weights / name, folder)
+    else:
         tokenizer.make(SEED).save_pretrained(folder)
 
 
@@ -199,7 +204,7 @@ class Training:
     def __init__(self, folder: Path, stages=STAGES, device: str = "cpu", config=model_config, smaller=1, weights=None):
         self.folder, self.stages, self.device = folder, stages, device
         self.buckets = {name: replace(bucket, rows=-(-bucket.rows // smaller)) for name, bucket in BUCKETS.items()}
-        prepare(folder)
+        prepare(folder, weights)
         self.steps = sum(stage.steps for stage in stages)
         self.log = folder / "training_log.jsonl"
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -217,12 +222,9 @@ class Training:
         self.model.lm_head.weight = self.model.model.embed_tokens.weight
         quicken(self.model)
         self.packer = Packer(self.tokenizer, self.model.config.sliding_window)
-        matrices = [weight for weight in self.model.parameters() if weight.ndim > 1]
-        vectors = [weight for weight in self.model.parameters() if weight.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=stages[0].rate, betas=(0.9, 0.98), fused=True)
         for weight in self.model.parameters():
             weight.grad = torch.zeros_like(weight)
+        self.optimizers = optimizers.make(self.model, stages[0].rate)
         self.recorded: dict[Bucket, Recorded] = {}
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         if (folder / "checkpoint.safetensors").exists():
@@ -266,8 +268,6 @@ class Training:
 
     def learn(self, bucket: Bucket, batch: Batch) -> torch.Tensor:
         """Take one step; return its losses, which may still be being computed."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.stage(self.step)[0].rate * decay(self.step, self.steps)
         inputs = batch.tensors(bucket.most_learnt)
         if self.device == "cuda":
             inputs = tuple(part.pin_memory() for part in inputs)
@@ -278,9 +278,16 @@ class Training:
             losses = self.recorded[bucket](*inputs)
         else:
             losses = self.gradients(batch.layout, *inputs)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        self.update(self.stage(self.step)[0].rate * decay(self.step, self.steps))
         return losses
+
+    def update(self, rate: float) -> None:
+        """Change the weights by their gradients, at a learning rate."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
 
     @torch.no_grad()
     def accuracy(self, name: str, batches: int) -> dict[str, float]:
@@ -314,11 +321,12 @@ class Training:
     def save(self) -> None:
         """Write a checkpoint aside and put it in place."""
         tensors = {f"model.{name}": weight for name, weight in self.model.state_dict().items()}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {
-                f"optimizer.{number}.{name}": value.reshape(-1) if value.ndim == 0 else value
-                for name, value in state.items()
-            }
+        for kind, optimizer in self.optimizers.items():
+            for number, state in optimizer.state_dict()["state"].items():
+                tensors |= {
+                    f"{kind}.{number}.{name}": value.reshape(-1) if value.ndim == 0 else value
+                    for name, value in state.items()
+                }
         counters = {"step": str(self.step), "tokens": str(self.tokens), "seconds": f"{self.seconds:.1f}"}
         aside = self.folder / "checkpoint.partial"
         save_file({name: value.clone() for name, value in tensors.items()}, aside, metadata=counters)
@@ -337,12 +345,13 @@ class Training:
         self.log.write_text(kept, encoding="utf-8")
         prefix = "model."
         self.model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        state = self.optimizer.state_dict()
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, number, key = name.split(".")
-                state["state"].setdefault(int(number), {})[key] = value[0].cpu() if key == "step" else value
-        self.optimizer.load_state_dict(state)
+        for kind, optimizer in self.optimizers.items():
+            state = optimizer.state_dict()
+            for name, value in tensors.items():
+                if name.startswith(f"{kind}."):
+                    _, number, key = name.split(".")
+                    state["state"].setdefault(int(number), {})[key] = value[0].cpu() if key == "step" else value
+            optimizer.load_state_dict(state)
 
     def run(self, writers: Writers) -> None:
         """Train to the end."""
@@ -390,10 +399,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--go-on", action="store_true", help="the later stages alone, from the shipped weights")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    prepare(options.folder)
+    stages = LATER_STAGES if options.go_on else (*STAGES, *LATER_STAGES)
+    weights = settings.TINY_GPT_OSS if options.go_on else None
+    prepare(options.folder, weights)
     with Writers(options.folder, WINDOW, max(1, settings.machine().cores - 1)) as writers:
-        stages = LATER_STAGES if options.go_on else (*STAGES, *LATER_STAGES)
-        weights = settings.TINY_GPT_OSS if options.go_on else None
         training = Training(options.folder, stages, device, smaller=options.smaller, weights=weights)
         training.write(curriculum=fingerprint(), torch=torch.__version__, device=device, step=training.step)
         training.run(writers)
