@@ -458,7 +458,7 @@ def test_each_weight_belongs_to_one_optimizer_and_experts_change_where_they_are(
     made = optimizers.make(model, 1e-3)
     parts = [part for kind in made.values() for group in kind.param_groups for part in group["params"]]
     assert sum(part.numel() for part in parts) == sum(weight.numel() for weight in before.values())
-    for weight in model.parameters():  # where they were, as a step of training leaves them
+    for weight in model.parameters():  # in place: an expert's gradient is a part of its layer's
         weight.grad.copy_(torch.randn_like(weight))
     for kind in made.values():
         kind.step()
@@ -480,6 +480,13 @@ def test_going_on_from_weights_keeps_their_tokenizer_and_starts_where_they_ended
     bucket = train.BUCKETS["few"]
     loss, _, right = training.learn(bucket, training.packer.batch(bucket, "the first")).tolist()
     assert loss < 2 and right > 0.7  # from nothing the loss starts at 8.3
+
+
+def test_going_on_in_a_folder_of_another_tokenizer_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(SystemExit, match="another tokenizer: go on in a folder of its own"):
+        train.prepare(tmp_path, settings.TINY_GPT_OSS)
+    assert (tmp_path / "tokenizer.json").read_text(encoding="utf-8") == "{}"
 
 
 # The shipped model

@@ -1,8 +1,8 @@
 """What changes the weights: Muon for the matrices of the layers, AdamW for all else.
 
 Muon (Jordan and others, 2024, kellerjordan.github.io/posts/muon) makes every direction of a matrix's step equally
-long; in the form of Liu and others (2025, arXiv 2502.16982) it takes the learning rates of AdamW. From nothing it
-learns to read from far fewer answers: the model's card has the numbers.
+long; in the form of Liu and others (2025, arXiv 2502.16982) it takes the learning rates of AdamW. With it a model
+learns to read from far fewer answers: the card has the numbers.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ WEIGHT_DECAY = 0.05
 
 def make(model: GptOssForCausalLM, rate: float) -> dict[str, torch.optim.Optimizer]:
     """Return the optimizers of a model by name; each weight belongs to one. Gradients have to be there already."""
+    # Of attention and experts, without biases and routers.
     layers = {name: weight for name, weight in model.named_parameters() if name.endswith(("proj.weight", "_proj"))}
     others = [weight for name, weight in model.named_parameters() if name not in layers]
     matrices = [matrix for weight in layers.values() for matrix in _matrices(weight)]

@@ -157,15 +157,19 @@ def decay(step: int, steps: int) -> float:
 
 
 def prepare(folder: Path, weights: Path | None = None) -> None:
-    """Make a run's folder with the tokenizer in it, unless it is there already: that of the weights to go on from."""
+    """Make a run's folder with the tokenizer in it, unless it is there already: that of the weights to go on from.
+
+    Exits where the folder holds another tokenizer than those weights know: it is another run's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "tokenizer.json").exists():
-        return
-    if weights:
+    own = folder / "tokenizer.json"
+    if not own.exists() and weights:
         for name in FILES:
             shutil.copy(weights / name, folder)
-    else:
+    elif not own.exists():
         tokenizer.make(SEED).save_pretrained(folder)
+    elif weights and own.read_bytes() != (weights / own.name).read_bytes():
+        raise SystemExit(f"{folder} holds a run with another tokenizer: go on in a folder of its own, by --folder.")
 
 
 class Recorded:
