@@ -133,9 +133,10 @@ class Arm:
     answer_tokens: int = settings.ANSWER_TOKENS
 
     def load(self) -> LLM:
-        if not isinstance(self.model, str):
-            return self.model
-        return load_llm(self.model, answer_tokens=self.answer_tokens)
+        """Return the model; every arm reads passages whole, or an adapter and its base would read different prompts."""
+        named = isinstance(self.model, str)
+        llm = load_llm(self.model, answer_tokens=self.answer_tokens) if named else self.model
+        return replace(llm, sentences=0)
 
 
 def arms(

@@ -14,7 +14,7 @@ from helpers.chunking import printable
 from helpers.language import detect_language, sentences, stems
 from helpers.llms import LLM, Message, PromptTooLong, load_llm
 from helpers.ollama import NoText, PromptCut
-from helpers.quotes import Citation, confidence, quote, rank_sentences
+from helpers.quotes import Citation, confidence, excerpts, quote, rank_sentences
 from helpers.retrieval import Hit, Retriever
 
 Stream = Callable[[str], None]  # called with each piece of the answer as it comes
@@ -45,9 +45,10 @@ _BRACKETS = re.compile(r"[\[【]\s*(\d+(?:\s*[,;]\s*\d+)*)\s*(?:†[^\]】]*)?[\
 class Answer:
     """What was answered, what it rests on and what it took.
 
-    `hits` are the passages that the model was given, `dropped` those that no longer fitted its context. `question` is
-    what was searched for: a follow-up as the model rewrote it. `invented` are the numbers it cited that no passage
-    has; they are taken out of `text`. `timings` in seconds: 'retrieve', 'answer', and of a model 'first_token'.
+    `hits` are the passages that the model was given, whole or in part (`Hit.excerpt`), `dropped` those that no longer
+    fitted its context. `question` is what was searched for: a follow-up as the model rewrote it. `invented` are the
+    numbers it cited that no passage has; they are taken out of `text`. `timings` in seconds: 'retrieve', 'answer', and
+    of a model that was asked 'first_token'.
     """
 
     text: str
@@ -83,7 +84,10 @@ def as_data(text: str) -> str:
 
 def passages_of(hits: Sequence[Hit]) -> list[tuple[str, str]]:
     """Return hits as the (place, text) pairs of a prompt."""
-    return [(f"{hit.chunk.file}, p. {hit.chunk.page_label or hit.chunk.page}", hit.chunk.text) for hit in hits]
+    return [
+        (f"{hit.chunk.file}, p. {hit.chunk.page_label or hit.chunk.page}", hit.excerpt or hit.chunk.text)
+        for hit in hits
+    ]
 
 
 def answer(
@@ -96,7 +100,8 @@ def answer(
     """Answer `question` from the passages that `retriever` finds.
 
     `llm` is a model or the name of one, see `load_llm`. `history` holds the (question, answer) pairs before: a
-    follow-up is first rewritten to stand alone, by models that can (not 'tiny' and 'quotes'). `stream` gets the text
+    follow-up is first rewritten to stand alone, by models that can (not 'tiny' and 'quotes'). A model with
+    `LLM.sentences` reads that many sentences, and where the search isn't sure it isn't asked. `stream` gets the text
     piece by piece. Raises PromptTooLong, with the numbers, where not even the first passage fits; OllamaError.
     """
     llm = load_llm(llm) if isinstance(llm, str) else llm
@@ -105,8 +110,17 @@ def answer(
     hits = retriever.search(asked)
     retrieved = time.perf_counter()
     timings = {"retrieve": retrieved - started}
-    if llm.chat is None:
-        return _quoted(asked, retriever, hits, timings, stream)
+    if llm.chat is None or llm.sentences:
+        ranked = rank_sentences(asked, hits)
+        sure = bool(ranked) and confidence(asked, retriever, hits, ranked) >= settings.QUOTES_THRESHOLD
+        if llm.sentences:
+            hits = excerpts(hits, ranked, llm.sentences)
+        if llm.chat is None or not sure:
+            text, citations = _quoted(asked, retriever, hits, ranked if sure else [])
+            if stream:
+                stream(text)
+            timings["answer"] = time.perf_counter() - retrieved
+            return Answer(text, citations, tuple(hits), not sure, timings, model=llm.name, question=asked)
     given, messages, tokens = fit(asked, hits, llm)
     pieces: list[str] = []
     for piece in llm.stream(messages):
@@ -122,17 +136,11 @@ def answer(
     )  # fmt: skip
 
 
-def _quoted(question: str, retriever: Retriever, hits: list[Hit], timings: dict, stream: Stream | None) -> Answer:
-    started = time.perf_counter()
-    ranked = rank_sentences(question, hits)
-    refused = not ranked or confidence(question, retriever, hits, ranked) < settings.QUOTES_THRESHOLD
-    citations = () if refused else quote(question, hits, ranked)
+def _quoted(question: str, retriever: Retriever, hits: Sequence[Hit], ranked) -> tuple[str, tuple[Citation, ...]]:
+    """Return the best of the ranked sentences as an answer, with its citations; a refusal where there are none."""
+    citations = quote(question, hits, ranked)
     text = "\n".join(f"{cited.quote} [{cited.number}]" for cited in citations)
-    text = text or REFUSALS[retriever.index.question_language(question)]
-    if stream:
-        stream(text)
-    timings["answer"] = time.perf_counter() - started
-    return Answer(text, citations, tuple(hits), refused, timings, question=question)
+    return text or REFUSALS[retriever.index.question_language(question)], citations
 
 
 def fit(question: str, hits: Sequence[Hit], llm: LLM) -> tuple[list[Hit], list[Message], int]:
@@ -209,5 +217,6 @@ def supporting_sentence(claim: str, question: str, hit: Hit) -> str:
         parts = [len(stems_ & held) / len(stems_) for stems_ in wanted if stems_]
         return sum(weight * part for weight, part in zip((1.0, 0.7), parts, strict=False))
 
-    texts = [" ".join(hit.chunk.text[start:end].split()) for start, end in sentences(hit.chunk.text)]
+    read = hit.excerpt or hit.chunk.text
+    texts = [" ".join(read[start:end].split()) for start, end in sentences(read)]
     return max(texts, key=shared, default="")

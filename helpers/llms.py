@@ -204,7 +204,10 @@ def final_channel(raw: str) -> str:
 
 @dataclass(frozen=True)
 class LLM:
-    """A model ready to answer. `chat` is None for `quotes`; lengths in tokens; `why` says how `auto` chose it."""
+    """A model ready to answer. `chat` is None for `quotes`; lengths in tokens; `why` says how `auto` chose it.
+
+    `sentences`: how many of the passages' sentences it is given, the likeliest; 0: the passages whole.
+    """
 
     name: str
     chat: BaseChatModel | None = None
@@ -214,6 +217,7 @@ class LLM:
     follows_instructions: bool = False  # beyond reading passages: rewriting a question, a style guide
     digest: str = ""
     why: str = ""
+    sentences: int = 0
 
     def stream(self, messages: Sequence[Message]) -> Iterator[str]:
         """Yield the answer piece by piece. Raises OllamaError or PromptTooLong with what to do."""
@@ -302,7 +306,9 @@ def _load_local(name: str, shown: str, *, temperature: float, seed: int, answer_
     chat = TransformersChat(
         model=model, tokenizer=tokenizer, temperature=temperature, seed=seed, max_tokens=answer_tokens
     )
-    return LLM(shown, chat, chat.context, answer_tokens, chat.count, not is_tiny(base), digest)
+    tiny = is_tiny(base)
+    sentences = settings.TINY_SENTENCES if tiny and digest else 0  # not of its adapters, which learnt another prompt
+    return LLM(shown, chat, chat.context, answer_tokens, chat.count, not tiny, digest, sentences=sentences)
 
 
 @lru_cache(maxsize=1)

@@ -44,6 +44,7 @@ def record(
         "digest": digest_of(llm),
         "context": llm.context,
         "answer_tokens": llm.answer_tokens,
+        "sentences": llm.sentences,
         "documents": documents_of(retriever),
         "mode": retriever.mode,
         "top_k": retriever.top_k,

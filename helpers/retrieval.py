@@ -3,13 +3,12 @@
 Notebook 03 builds every step of this by hand first.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,7 @@ class Hit:
 
     `score` says by how many standard deviations it stands out from all chunks (see `fuse`).
     `windows` has for each window of the chunk its start and end in the chunk's text and its own cosine; it is empty
-    where only words were searched.
+    where only words were searched. `excerpt` is what a model is given of the chunk where that isn't all of it.
     """
 
     chunk: Chunk
@@ -49,6 +48,7 @@ class Hit:
     dense: float
     bm25: float
     windows: tuple[tuple[int, int, float], ...] = ()
+    excerpt: str = ""
 
 
 @dataclass
@@ -227,7 +227,7 @@ class Index:
             faiss.write_index(_flat(self.vectors), str(new / "vectors.faiss"))
             windows = np.bincount(self.owners, minlength=len(self.chunks))
             lines = (
-                json.dumps(dataclasses.asdict(chunk) | {"windows": int(count)}, ensure_ascii=False)
+                json.dumps(asdict(chunk) | {"windows": int(count)}, ensure_ascii=False)
                 for chunk, count in zip(self.chunks, windows, strict=True)
             )
             (new / "chunks.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
