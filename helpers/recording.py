@@ -18,6 +18,7 @@ from helpers.evaluation import Question, load_questions
 from helpers.four_bit import base_digest
 from helpers.generation import NOT_THERE, answer, passages_of, rag_messages
 from helpers.llms import LLM, TransformersChat, load_llm, place_of
+from helpers.quotes import confidence, rank_sentences
 from helpers.retrieval import Hit, Retriever
 from helpers.storage import locked, sha256_of
 
@@ -34,8 +35,8 @@ def record(
 
     The first line says with what: model, documents, questions, machine, date. Each line is written as it is answered; a
     run that was stopped goes on where it was if its first line still fits. A row's 'refusal' is the probability that
-    the model gave to saying that the passages don't say; None where it can't be seen. Raises TimeoutError where another
-    process is at the same file.
+    the model gave to saying that the passages don't say; None where it can't be seen. 'sure' is how sure the search is
+    that it found the answer, see `quotes.confidence`. Raises TimeoutError where another process is at the same file.
     """
     llm = load_llm(name)
     asked = load_questions(questions, "test").questions
@@ -79,6 +80,7 @@ def _answer(asked: Sequence[Question], retriever: Retriever, llm: LLM, head: dic
                     "text": given.text,
                     "refused": given.refused,
                     "refusal": _refusal(question, given.hits, llm),
+                    "sure": _sure(question, retriever),
                     "cited": [[cited.number, cited.file, cited.page] for cited in given.citations],
                     "invented": list(given.invented),
                     "hits": [[hit.chunk.file, hit.chunk.page] for hit in given.hits],
@@ -89,6 +91,12 @@ def _answer(asked: Sequence[Question], retriever: Retriever, llm: LLM, head: dic
                 file.flush()
             if progress:
                 progress(number, len(asked))
+
+
+def _sure(question: Question, retriever: Retriever) -> float:
+    hits = retriever.search(question.question)
+    ranked = rank_sentences(question.question, hits)
+    return round(confidence(question.question, retriever, hits, ranked), 4) if ranked else 0.0
 
 
 def _refusal(question: Question, hits: Sequence[Hit], llm: LLM) -> float | None:

@@ -30,7 +30,7 @@ from helpers.dataset import check_dataset
 from helpers.evaluation import BadQuestions, Question, contains_answer, load_questions, wilson
 from helpers.finetuning import base_digest
 from helpers.generation import Answer
-from helpers.llms import LLM
+from helpers.llms import LLM, load_llm
 from helpers.planning import model_of, recipe_of
 from helpers.quotes import Citation
 from helpers.results import (
@@ -294,6 +294,11 @@ def test_an_adapter_of_another_base_is_refused(corpus, tmp_path, monkeypatch):
     for base in (f"hf:{tmp_path / 'other'}", "ollama:gpt-oss:20b"):
         with pytest.raises(ValueError, match=r"adapter was trained on another base than .*: set llm to its own, or"):
             arms(base, corpus, reading=tuned)
+
+
+def test_every_arm_reads_passages_whole(corpus):
+    assert Arm(RAG, "tiny", "passages", corpus=corpus).load().sentences == 0 < load_llm("tiny").sentences
+    assert Arm(RAG, replace(model(reads_well), sentences=2), "passages", corpus=corpus).load().sentences == 0
 
 
 def test_what_each_arm_is_given_to_read(corpus, folder):

@@ -1,11 +1,14 @@
 """Passages to an answer: quotes, prompts, budgets, citations and refusals."""
 
 import hashlib
+import shutil
+from dataclasses import replace
 
 import pytest
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
 
+from helpers import settings
 from helpers.generation import NOT_THERE, REFUSALS, answer, as_data, cite, is_refusal, rag_messages, rewrite
 from helpers.llms import LLM, PromptTooLong, check_weights, load_llm
 from helpers.ollama import NoText
@@ -136,6 +139,35 @@ def test_hits_that_do_not_fit_are_dropped_from_the_lowest_and_listed(retriever):
     cut = answer(question, retriever, says("A [1].", context=whole.prompt_tokens + 19))
     assert list(cut.hits) == every[:2] and list(cut.dropped) == every[2:]
     assert cut.prompt_tokens < whole.prompt_tokens
+
+
+def test_a_weak_reader_is_given_the_likeliest_sentences_alone(retriever):
+    seen, question = [], "Who feeds the goat of Corvejón?"
+    given = answer(question, retriever, replace(says("Anselmo Grieve [1].", seen=seen), sentences=2))
+    assert given.text == "Anselmo Grieve [1]." and not given.refused
+    two = "The goat of Corvejón is called Almirante. The keeper Anselmo Grieve feeds it at dawn."
+    assert [hit.excerpt for hit in given.hits] == [two] and TEXTS[0] == given.hits[0].chunk.text
+    prompt = seen[0][-1].content
+    assert f"[1] 0.txt, p. iv\n{two}\n</passages>" in prompt and "born in 2019" not in prompt and "[2]" not in prompt
+    assert [cited.quote for cited in given.citations] == ["The keeper Anselmo Grieve feeds it at dawn."]
+
+
+@pytest.mark.parametrize(
+    ("question", "language"),
+    [("What is the boiling point of tungsten in a vacuum furnace?", "en"), ("¿Qué impuesto pagan los suizos?", "es")],
+)
+def test_where_the_search_is_not_sure_a_weak_reader_is_not_asked(retriever, question, language):
+    seen, pieces = [], []
+    given = answer(question, retriever, replace(says("Nine [1].", seen=seen), sentences=6), stream=pieces.append)
+    assert given.refused and given.text == "".join(pieces) == REFUSALS[language] and given.model == "fake"
+    assert not seen and given.citations == () and "first_token" not in given.timings
+    assert not answer(question, retriever, says("Nine [1].")).refused  # another is asked all the same
+
+
+def test_the_embedded_model_alone_is_given_few_sentences(tmp_path):
+    assert load_llm("tiny").sentences == load_llm(f"hf:{settings.TINY_GPT_OSS}").sentences == settings.TINY_SENTENCES
+    shutil.copytree(settings.TINY_GPT_OSS, tmp_path / "mine")
+    assert load_llm(f"hf:{tmp_path / 'mine'}").sentences == load_llm("quotes").sentences == 0
 
 
 def test_where_not_even_the_first_passage_fits_the_numbers_are_said(retriever):

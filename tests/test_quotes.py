@@ -4,7 +4,7 @@ import pytest
 
 from helpers.chunking import Chunk
 from helpers.generation import answer
-from helpers.quotes import asked_kind, holds_kind, rank_sentences, shorten
+from helpers.quotes import asked_kind, excerpts, holds_kind, rank_sentences, shorten
 from helpers.retrieval import Hit, Index, Retriever
 
 
@@ -34,6 +34,24 @@ def test_a_sentence_in_two_overlapping_chunks_counts_once():
     ranked = rank_sentences("When does the goat sleep?", both)
     assert [sentence.text for sentence in ranked].count("The goat sleeps at noon.") == 1
     assert ranked[0].text == "The goat sleeps at noon." and ranked[0].hit == 0
+
+
+def test_excerpts_are_the_best_sentences_in_their_order_each_in_its_passage():
+    hits = [
+        hit("A goat eats grass. It was\nborn in May. The goat sleeps at noon in the shade."),
+        hit("Ships come and go. Nothing else is known.", 0.4),
+        hit("At noon the goat sleeps well. Tea is at four.", 0.5),
+    ]
+    question = "When does the goat sleep?"
+    ranked = rank_sentences(question, hits)
+    order = [(sentence.hit, sentence.text) for sentence in ranked]
+    best = [(0, "The goat sleeps at noon in the shade."), (2, "At noon the goat sleeps well.")]
+    assert sorted(order[:2]) == best
+    assert [(cut.chunk, cut.excerpt) for cut in excerpts(hits, ranked, 2)] == [(hits[n].chunk, t) for n, t in best]
+    every = excerpts(hits, ranked, 100)
+    assert every[0].excerpt == "A goat eats grass. It was born in May. The goat sleeps at noon in the shade."
+    assert [cut.chunk.text for cut in every] == [one.chunk.text for one in hits]
+    assert excerpts(hits, [], 6) == []
 
 
 def test_a_heading_that_only_repeats_the_question_is_no_answer():

@@ -169,7 +169,10 @@ def test_the_record_of_the_embedded_model_is_of_these_weights_and_all_test_quest
     assert head["digest"] == check_weights(settings.TINY_GPT_OSS), f"recorded with other weights: {again}"
     asked = [question.id for question in load_questions(split="test").questions]
     assert [row["id"] for row in rows] == asked, f"recorded with other questions: {again}"
+    assert head["sentences"] == settings.TINY_SENTENCES, f"recorded with other passages: {again}"
     assert all(0 <= row["refusal"] <= 1 for row in rows)
+    unsure = [row for row in rows if row["sure"] < settings.QUOTES_THRESHOLD]
+    assert unsure and all(row["refused"] and not row["prompt_tokens"] for row in unsure)
 
 
 def test_every_recorded_run_is_of_the_weights_in_the_tree():
@@ -216,7 +219,7 @@ missed = pytest.mark.xfail(raises=AssertionError, strict=True, reason="these wei
     [
         pytest.param("right", 0.70, marks=missed),
         pytest.param("cited", 0.9),
-        pytest.param("refused", 0.75, marks=missed),
+        pytest.param("refused", 0.75),
     ],
 )
 def test_the_embedded_model_reaches_its_goal_on_the_test_questions(what, goal):
