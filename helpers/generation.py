@@ -34,7 +34,11 @@ REWRITE = (
     "Rewrite the last question so that it can be understood without the conversation: put names in place of pronouns. "
     "Keep its language. Reply with the question alone."
 )
-_REFUSED = re.compile(r"the passages (?:don[’']t|do not) say|los pasajes no lo dicen|i don[’']t know|no lo sé", re.I)
+_REFUSED = re.compile(
+    r"the (?:passages|documents) (?:don[’']t|do not) say|i don[’']t know"
+    r"|los (?:pasajes|documentos) no lo dicen|no lo sé",
+    re.IGNORECASE,
+)
 _CITED = re.compile(r"\s?\[(\d+)\]")
 # Two passages in one bracket, and the brackets that gpt-oss learnt for browsing, 【1†L3-L5】 (OpenAI's description of
 # the harmony format).
@@ -45,10 +49,10 @@ _BRACKETS = re.compile(r"[\[【]\s*(\d+(?:\s*[,;]\s*\d+)*)\s*(?:†[^\]】]*)?[\
 class Answer:
     """What was answered, what it rests on and what it took.
 
-    `hits` are the passages that the model was given, whole or in part (`Hit.excerpt`), `dropped` those that no longer
-    fitted its context. `question` is what was searched for: a follow-up as the model rewrote it. `invented` are the
-    numbers it cited that no passage has; they are taken out of `text`. `timings` in seconds: 'retrieve', 'answer', and
-    of a model that was asked 'first_token'.
+    `hits` are the passages that the model was given, whole or in part (`Hit.excerpt`), or would have been given where
+    it wasn't asked and `prompt_tokens` is 0; `dropped` those that no longer fitted its context. `question` is what was
+    searched for: a follow-up as the model rewrote it. `invented` are the numbers it cited that no passage has; they are
+    taken out of `text`. `timings` in seconds: 'retrieve', 'answer', and of a model that was asked 'first_token'.
     """
 
     text: str
@@ -85,7 +89,7 @@ def as_data(text: str) -> str:
 def passages_of(hits: Sequence[Hit]) -> list[tuple[str, str]]:
     """Return hits as the (place, text) pairs of a prompt."""
     return [
-        (f"{hit.chunk.file}, p. {hit.chunk.page_label or hit.chunk.page}", hit.excerpt or hit.chunk.text)
+        (f"{hit.chunk.file}, p. {hit.chunk.page_label or hit.chunk.page}", " ".join(hit.excerpt) or hit.chunk.text)
         for hit in hits
     ]
 
@@ -217,6 +221,6 @@ def supporting_sentence(claim: str, question: str, hit: Hit) -> str:
         parts = [len(stems_ & held) / len(stems_) for stems_ in wanted if stems_]
         return sum(weight * part for weight, part in zip((1.0, 0.7), parts, strict=False))
 
-    read = hit.excerpt or hit.chunk.text
-    texts = [" ".join(read[start:end].split()) for start, end in sentences(read)]
-    return max(texts, key=shared, default="")
+    text = hit.chunk.text
+    every = [" ".join(text[start:end].split()) for start, end in sentences(text)]
+    return max(hit.excerpt or every, key=shared, default="")

@@ -174,7 +174,7 @@ def excerpts(hits: Sequence[Hit], ranked: Sequence[Sentence], count: int) -> lis
     for number, text, _ in _sentences_of(hits):
         if (number, text) in best:
             kept.setdefault(number, []).append(text)
-    return [replace(hits[number], excerpt=" ".join(texts)) for number, texts in kept.items()]
+    return [replace(hits[number], excerpt=tuple(texts)) for number, texts in kept.items()]
 
 
 def _sentences_of(hits: Sequence[Hit]) -> list[tuple[int, str, float]]:

@@ -40,7 +40,7 @@ class Hit:
 
     `score` says by how many standard deviations it stands out from all chunks (see `fuse`).
     `windows` has for each window of the chunk its start and end in the chunk's text and its own cosine; it is empty
-    where only words were searched. `excerpt` is what a model is given of the chunk where that isn't all of it.
+    where only words were searched. `excerpt` are the sentences that a model is given of the chunk; () for all of it.
     """
 
     chunk: Chunk
@@ -48,7 +48,7 @@ class Hit:
     dense: float
     bm25: float
     windows: tuple[tuple[int, int, float], ...] = ()
-    excerpt: str = ""
+    excerpt: tuple[str, ...] = ()
 
 
 @dataclass

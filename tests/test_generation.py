@@ -121,7 +121,9 @@ def test_a_citation_of_a_passage_that_was_not_given_is_taken_out_and_reported(re
     assert [cited.number for cited in given.citations] == [1]
 
 
-@pytest.mark.parametrize("text", [*NOT_THERE.values(), "The passages do not say.", "Sorry: the passages don’t say", ""])
+@pytest.mark.parametrize(
+    "text", [*NOT_THERE.values(), *REFUSALS.values(), "The passages do not say.", "Sorry: the passages don’t say", ""]
+)
 def test_a_refusal_is_recognised(retriever, text):
     assert is_refusal(text)
     assert answer("Who feeds the goat?", retriever, says(text or " ")).refused
@@ -145,11 +147,20 @@ def test_a_weak_reader_is_given_the_likeliest_sentences_alone(retriever):
     seen, question = [], "Who feeds the goat of Corvejón?"
     given = answer(question, retriever, replace(says("Anselmo Grieve [1].", seen=seen), sentences=2))
     assert given.text == "Anselmo Grieve [1]." and not given.refused
-    two = "The goat of Corvejón is called Almirante. The keeper Anselmo Grieve feeds it at dawn."
+    two = ("The goat of Corvejón is called Almirante.", "The keeper Anselmo Grieve feeds it at dawn.")
     assert [hit.excerpt for hit in given.hits] == [two] and TEXTS[0] == given.hits[0].chunk.text
     prompt = seen[0][-1].content
-    assert f"[1] 0.txt, p. iv\n{two}\n</passages>" in prompt and "born in 2019" not in prompt and "[2]" not in prompt
+    assert f"[1] 0.txt, p. iv\n{two[0]} {two[1]}\n</passages>" in prompt
+    assert "born in 2019" not in prompt and "[2]" not in prompt
     assert [cited.quote for cited in given.citations] == ["The keeper Anselmo Grieve feeds it at dawn."]
+
+
+def test_what_is_quoted_stands_on_the_page_also_beside_a_heading(embedder):
+    text = "Where they work\n\nThe net loft has nine people. Spending\n\nThe loft cost 40 nebrales in May."
+    index = Index.from_texts([text, *TEXTS], None, embedder)
+    given = answer("What did the loft cost in May?", Retriever(index), replace(says("40 nebrales [1]."), sentences=9))
+    assert [cited.quote for cited in given.citations] == ["The loft cost 40 nebrales in May."]
+    assert all(cited.quote in " ".join(given.hits[0].chunk.text.split()) for cited in given.citations)
 
 
 @pytest.mark.parametrize(

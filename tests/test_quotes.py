@@ -47,9 +47,9 @@ def test_excerpts_are_the_best_sentences_in_their_order_each_in_its_passage():
     order = [(sentence.hit, sentence.text) for sentence in ranked]
     best = [(0, "The goat sleeps at noon in the shade."), (2, "At noon the goat sleeps well.")]
     assert sorted(order[:2]) == best
-    assert [(cut.chunk, cut.excerpt) for cut in excerpts(hits, ranked, 2)] == [(hits[n].chunk, t) for n, t in best]
+    assert [(cut.chunk, cut.excerpt) for cut in excerpts(hits, ranked, 2)] == [(hits[n].chunk, (t,)) for n, t in best]
     every = excerpts(hits, ranked, 100)
-    assert every[0].excerpt == "A goat eats grass. It was born in May. The goat sleeps at noon in the shade."
+    assert every[0].excerpt == ("A goat eats grass.", "It was born in May.", "The goat sleeps at noon in the shade.")
     assert [cut.chunk.text for cut in every] == [one.chunk.text for one in hits]
     assert excerpts(hits, [], 6) == []
 
