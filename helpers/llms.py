@@ -260,7 +260,8 @@ def load_llm(
     'ollama:MODEL' is any model of Ollama, whose server is started if none runs; 'hf:NAME' a model of the hub or a
     folder, an adapter's too; 'tiny' the embedded model, given few sentences; 'quotes' no model. 'auto' is the course's
     Ollama model where it can be had, else `fallback`, and `LLM.why` says which and why; the environment variable
-    HELPERS_LLM overrides it. `pull` allows a download by Ollama. Raises OllamaError, OSError or ValueError, each with what to do.
+    HELPERS_LLM overrides it. `pull` allows a download by Ollama. Raises OllamaError, OSError or ValueError, each with
+    what to do.
     """
     options = {"temperature": temperature, "seed": seed, "answer_tokens": answer_tokens}
     if name == "auto":
