@@ -14,7 +14,7 @@ from helpers.chunking import printable
 from helpers.language import detect_language, sentences, stems
 from helpers.llms import LLM, Message, PromptTooLong, load_llm
 from helpers.ollama import NoText, PromptCut
-from helpers.quotes import Citation, confidence, excerpts, quote, rank_sentences
+from helpers.quotes import Citation, Sentence, confidence, excerpts, quote, rank_sentences
 from helpers.retrieval import Hit, Retriever
 
 Stream = Callable[[str], None]  # called with each piece of the answer as it comes
@@ -116,7 +116,7 @@ def answer(
     timings = {"retrieve": retrieved - started}
     if llm.chat is None or llm.sentences:
         ranked = rank_sentences(asked, hits)
-        sure = bool(ranked) and confidence(asked, retriever, hits, ranked) >= settings.QUOTES_THRESHOLD
+        sure = confidence(asked, retriever, hits, ranked) >= settings.QUOTES_THRESHOLD
         if llm.sentences:
             hits = excerpts(hits, ranked, llm.sentences)
         if llm.chat is None or not sure:
@@ -140,7 +140,9 @@ def answer(
     )  # fmt: skip
 
 
-def _quoted(question: str, retriever: Retriever, hits: Sequence[Hit], ranked) -> tuple[str, tuple[Citation, ...]]:
+def _quoted(
+    question: str, retriever: Retriever, hits: Sequence[Hit], ranked: Sequence[Sentence]
+) -> tuple[str, tuple[Citation, ...]]:
     """Return the best of the ranked sentences as an answer, with its citations; a refusal where there are none."""
     citations = quote(question, hits, ranked)
     text = "\n".join(f"{cited.quote} [{cited.number}]" for cited in citations)

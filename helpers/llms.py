@@ -206,7 +206,8 @@ def final_channel(raw: str) -> str:
 class LLM:
     """A model ready to answer. `chat` is None for `quotes`; lengths in tokens; `why` says how `auto` chose it.
 
-    `sentences`: how many of the passages' sentences it is given, the likeliest; 0: the passages whole.
+    `sentences`: how many of the passages' sentences it is given, the likeliest, and where the search isn't sure it
+    isn't asked; 0: the passages whole, and always.
     """
 
     name: str
@@ -307,9 +308,8 @@ def _load_local(name: str, shown: str, *, temperature: float, seed: int, answer_
     chat = TransformersChat(
         model=model, tokenizer=tokenizer, temperature=temperature, seed=seed, max_tokens=answer_tokens
     )
-    tiny = is_tiny(base)
-    sentences = settings.TINY_SENTENCES if tiny and digest else 0  # not of its adapters, which learnt another prompt
-    return LLM(shown, chat, chat.context, answer_tokens, chat.count, not tiny, digest, sentences=sentences)
+    sentences = settings.TINY_SENTENCES if is_tiny(name) else 0  # its adapters learnt another prompt
+    return LLM(shown, chat, chat.context, answer_tokens, chat.count, not is_tiny(base), digest, sentences=sentences)
 
 
 @lru_cache(maxsize=1)

@@ -116,13 +116,15 @@ def quote(question: str, hits: Sequence[Hit], ranked: Sequence[Sentence]) -> tup
 
 
 def confidence(question: str, retriever: Retriever, hits: Sequence[Hit], ranked: Sequence[Sentence]) -> float:
-    """Return a score that is the higher the likelier the hits answer `question`; about 0.5 to 1.8.
+    """Return a score that is the higher the likelier the hits answer `question`; about 0.5 to 1.8, 0 for no sentence.
 
     Five signs: how near the nearest window is in meaning; how much of the question the documents know at all, rare
     words counting more; whether the names it names stand in the hits; how well the best sentence fits; how far the best
     hit stands out from all chunks. The weights come from a logistic regression on the development questions, as they
     are and with each one's answer taken out of the hits.
     """
+    if not ranked:
+        return 0.0
     index = retriever.index
     language = index.question_language(question)
     weights = {stem: index.rarity(stem) for stem in stems(question, language)}

@@ -96,7 +96,7 @@ def _answer(asked: Sequence[Question], retriever: Retriever, llm: LLM, head: dic
 def _sure(question: Question, retriever: Retriever) -> float:
     hits = retriever.search(question.question)
     ranked = rank_sentences(question.question, hits)
-    return round(confidence(question.question, retriever, hits, ranked), 4) if ranked else 0.0
+    return round(confidence(question.question, retriever, hits, ranked), 4)
 
 
 def _refusal(question: Question, hits: Sequence[Hit], llm: LLM) -> float | None:

@@ -14,9 +14,9 @@ from datetime import date
 from pathlib import Path
 
 from helpers import settings
-from helpers.evaluation import contains_answer, load_questions
+from helpers.evaluation import Question, contains_answer, load_questions
 from helpers.generation import fit, is_refusal
-from helpers.llms import load_llm
+from helpers.llms import LLM, load_llm
 from helpers.quotes import confidence, excerpts, rank_sentences
 from helpers.recording import describe_machine, documents_of, hash_of
 from helpers.retrieval import Index, Retriever
@@ -38,7 +38,7 @@ def main() -> None:
     for sentences in options.sentences:
         for question in asked:
             row = {"sentences": sentences, "id": question.id, "answerable": question.answerable}
-            rows.append(row | asked_of(llm, question, retriever, sentences))
+            rows.append(row | answered(llm, question, retriever, sentences))
         print(line_of([row for row in rows[1:] if row["sentences"] == sentences]), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -46,7 +46,8 @@ def main() -> None:
     print(f"{len(rows) - 1} answers in {taken}, now in {options.out.name}")
 
 
-def asked_of(llm, question, retriever: Retriever, sentences: int) -> dict:
+def answered(llm: LLM, question: Question, retriever: Retriever, sentences: int) -> dict:
+    """Ask the model, however unsure the search is: `helpers.generation.answer` wouldn't."""
     hits = retriever.search(question.question)
     ranked = rank_sentences(question.question, hits)
     given = excerpts(hits, ranked, sentences) if sentences else hits
