@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shlex
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -197,29 +198,59 @@ def _show(question: str, given) -> None:
 def _chat(options: argparse.Namespace) -> int:
     from helpers.chunking import find_files
     from helpers.embeddings import Embedder
-    from helpers.storage import IndexRefused
 
     find_files(options.docs)  # a folder that isn't there is said before the model is loaded
     llm = _load(options)
     llm.warm_up()
     embedder = Embedder()
     _open(options, embedder)
-    talking = sys.stdin.isatty()
     sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 ends no chat
-    if talking:
+    if sys.stdin.isatty():
         print("Ask in English or Spanish; 'salir' or Ctrl-D leaves. / Pregunte en español o inglés; «salir» termina.")
-    history: list[tuple[str, str]] = []
+    interrupt, history = Interrupt(), []
+    with interrupt:
+        while True:
+            try:
+                return _converse(options, llm, history, embedder, interrupt)
+            except KeyboardInterrupt:
+                print("\n('salir')")
+
+
+class Interrupt:
+    """Ctrl-C in a chat: it stops what is being done, once, and never the chat.
+
+    Python raises KeyboardInterrupt wherever it stands, also while the one before is dealt with. This raises it only if
+    it was armed, and then has to be armed again.
+    """
+
+    armed = False
+
+    def __enter__(self):
+        self.before = signal.signal(signal.SIGINT, self)
+
+    def __exit__(self, *error):
+        signal.signal(signal.SIGINT, self.before)
+
+    def __call__(self, number, frame):
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+
+
+def _converse(options: argparse.Namespace, llm, history: list, embedder, interrupt: Interrupt) -> int:
+    """Read questions and answer them until the person leaves; return the exit code."""
+    from helpers.storage import IndexRefused
+
+    talking = sys.stdin.isatty()
     while True:
+        interrupt.armed = True
         try:
             question = input("\n> ") if talking else sys.stdin.readline()
-            if not talking and not question:
-                return 0
         except EOFError:
             print()
             return 0
-        except KeyboardInterrupt:
-            print("\n('salir')")
-            continue
+        if not talking and not question:
+            return 0
         question = question.strip()
         if question.lower() in LEAVE:
             return 0

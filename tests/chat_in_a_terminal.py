@@ -67,6 +67,7 @@ class Chat:
             with suppress(AssertionError):
                 self.until("('salir')\r\n\r\n> ", 6)
                 return
+            assert psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE, "The interrupt ended the chat."
         raise AssertionError("Ten interrupts at the prompt were not noticed.")
 
     def first_word(self, line: str, seconds: float = 60) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -132,6 +133,30 @@ def test_chat_in_a_terminal(leave, fresh):
 def type_in(monkeypatch, typed):
     """Make bytes the standard input, which isn't a terminal."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+
+
+@pytest.mark.parametrize("during", ["('salir')", "Stopped."])
+def test_a_second_ctrl_c_while_the_first_is_dealt_with_ends_no_chat(during, docs, monkeypatch, capsys):
+    from helpers import generation
+
+    def interrupt(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+        return ""
+
+    def show(*text, **options):
+        print(*text, **options)
+        if during in str(text):
+            interrupt()
+
+    typed = iter([interrupt, lambda: "Who feeds the goat?\n", lambda: "salir\n"])
+    type_in(monkeypatch, b"")
+    monkeypatch.setattr(sys.stdin, "readline", lambda: next(typed)(), raising=False)
+    monkeypatch.setattr(generation, "answer", interrupt)
+    monkeypatch.setattr("helpers.__main__.print", show, raising=False)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["chat", "--docs", str(docs)]) == 0
+    assert "('salir')" in (out := capsys.readouterr().out) and "Stopped." in out
+    assert next(typed, None) is None and signal.getsignal(signal.SIGINT) is before
 
 
 def chat_with_a_failure(monkeypatch, docs, error):
