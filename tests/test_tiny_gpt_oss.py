@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig, GptOssForCausalLM
 
 from helpers import settings
 from helpers.chunking import load_documents
@@ -410,6 +410,12 @@ def test_what_a_step_takes_fits_a_fixed_number_of_places(reader):
         assert torch.equal(targets, ids.roll(-1, 1).flatten()[places])
 
 
+def small_config(*sizes):
+    """Return the shipped architecture narrow and with two layers: Muon takes seconds a layer on some CPUs."""
+    changed = {"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 64, "layer_types": None}
+    return GptOssConfig(**model_config(*sizes).to_dict() | changed)
+
+
 def test_an_interrupted_training_goes_on_with_the_same_next_batch(tmp_path, monkeypatch, reader):
     monkeypatch.setattr(train, "CHECKPOINT", 2)
     monkeypatch.setattr(train, "initialize", lambda model, tokenizer: None)  # seconds each time, and tested above
@@ -419,9 +425,9 @@ def test_an_interrupted_training_goes_on_with_the_same_next_batch(tmp_path, monk
         (tmp_path / name).mkdir()
         reader.save_pretrained(tmp_path / name)
     with Writers(tmp_path / "whole", train.WINDOW, 1) as writers:
-        whole = Training(tmp_path / "whole", stages)
+        whole = Training(tmp_path / "whole", stages, config=small_config)
         whole.run(writers)
-        stopped = Training(tmp_path / "stopped", stages)
+        stopped = Training(tmp_path / "stopped", stages, config=small_config)
         learn, seen = stopped.learn, []
 
         def until_the_third(bucket, batch):
@@ -433,7 +439,7 @@ def test_an_interrupted_training_goes_on_with_the_same_next_batch(tmp_path, monk
         stopped.learn = until_the_third
         with pytest.raises(KeyboardInterrupt):
             stopped.run(writers)
-        resumed = Training(tmp_path / "stopped", stages)
+        resumed = Training(tmp_path / "stopped", stages, config=small_config)
         following = next(writers.batches(resumed.jobs()))
         assert resumed.step == 2 and np.array_equal(following.ids, seen[2].ids)
         resumed.run(writers)
@@ -444,13 +450,12 @@ def test_an_interrupted_training_goes_on_with_the_same_next_batch(tmp_path, monk
     whole.export(tmp_path / "model")
     loaded = GptOssForCausalLM.from_pretrained(tmp_path / "model")
     assert loaded.dtype == torch.bfloat16 and not loaded.config.tie_word_embeddings
-    assert sum(weight.numel() for weight in loaded.parameters()) < 12e6
     check_weights(tmp_path / "model")
 
 
 def test_each_weight_belongs_to_one_optimizer_and_experts_change_where_they_are():
     torch.manual_seed(0)
-    model = GptOssForCausalLM(model_config(4096, 0, 5))
+    model = GptOssForCausalLM(small_config(4096, 0, 5))
     model.lm_head.weight = model.model.embed_tokens.weight
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     for weight in model.parameters():
