@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,6 +37,7 @@ CHANGES = {"epochs": int, "learning_rate": float, "rank": int, "batch": int, "ma
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code: 0, or 2 with one sentence on standard error."""
     options = _parser().parse_args(arguments)
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  it is None where the caller has closed it
     if options.run is not _train:
         # Else some libraries import PyTorch's compiler, which takes seconds. Only a training might use it.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -140,6 +142,8 @@ def _ask(options: argparse.Namespace) -> int:
     from helpers.generation import answer
     from helpers.retrieval import Retriever
 
+    # An argument that is no UTF-8 has surrogates in it, which no tokenizer takes.
+    options.question = options.question.encode(errors="surrogateescape").decode(errors="replace")
     if not options.question.strip():
         raise ValueError('The question is empty: write one, for example: ask "Who keeps the light of Roca Tordo?"')
     retriever = Retriever(_open(options), options.mode, options.top_k)
@@ -160,11 +164,12 @@ def _load(options: argparse.Namespace):
     llm = load_llm(options.llm)  # without Ollama quotes answer: from real documents better than the embedded model
     if options.llm == "auto" and sys.stdin.isatty() and sys.stderr.isatty():
         name, gigabytes, memory = settings.OLLAMA_MODELS[0]
-        missing = not llm.name.startswith("ollama:") and "HELPERS_LLM" not in os.environ
+        missing = not llm.name.startswith("ollama:") and not os.environ.get("HELPERS_LLM")
         if missing and ollama.look().models is not None:  # it answers, and has no such model
             asked = f"Fetch {name} with Ollama ({gigabytes:.0f} GB; it needs {memory:.0f} GB of memory)? [y/N] "
+            print(asked, end="", file=sys.stderr, flush=True)  # standard output is the answer's
             with suppress(EOFError):  # Ctrl-D is no
-                if input(asked).strip().lower() in YES:
+                if input().strip().lower() in YES:
                     return load_llm(f"ollama:{name}", pull=True)
     print(f"Model: {llm.name}" + (f" ({llm.why})" if llm.why else ""), file=sys.stderr)
     return llm
@@ -220,10 +225,10 @@ class Interrupt:
     """Ctrl-C in a chat: it stops what is being done, once, and never the chat.
 
     Python raises KeyboardInterrupt wherever it stands, also while the one before is dealt with. This raises it only if
-    it was armed, and then has to be armed again.
+    it was armed, and then has to be armed again; or a second later, in case the first was lost in a library.
     """
 
-    armed = False
+    armed, last = False, 0.0
 
     def __enter__(self):
         self.before = signal.signal(signal.SIGINT, self)
@@ -232,8 +237,8 @@ class Interrupt:
         signal.signal(signal.SIGINT, self.before)
 
     def __call__(self, number, frame):
-        if self.armed:
-            self.armed = False
+        if self.armed or time.monotonic() > self.last + 1:
+            self.armed, self.last = False, time.monotonic()
             raise KeyboardInterrupt
 
 

@@ -82,23 +82,18 @@ def is_tiny(base: str | Path) -> bool:
 
 def check_weights(folder: Path) -> str:
     """Compare every file of a folder with its SHA256SUMS; return the hash of the weights. Raises OSError."""
-    found = ""
-    if not (folder / "SHA256SUMS").exists():
-        raise OSError(
-            f"There are no weights in helpers/{folder.name}: make them with `python -m helpers.{folder.name}.train`, "
-            "or use 'quotes', which needs none."
-        )
-    for line in (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
-        expected, name = line.split()
-        path = folder / name
-        actual = sha256_of(path) if path.exists() else "nothing"
-        if actual != expected:
+    sums, mend = folder / "SHA256SUMS", f"get it anew with `git checkout -- helpers/{folder.name}`"
+    lines = sums.read_text(encoding="utf-8").splitlines() if sums.exists() else []
+    listed = [found.groups() for found in map(re.compile(r"([0-9a-f]{64})  (\S+)").fullmatch, lines) if found]
+    expected = {name: digest for digest, name in listed}
+    if "model.safetensors" not in expected or len(expected) < len(lines):
+        raise OSError(f"SHA256SUMS in {folder.name} is missing or damaged: {mend}, or use 'quotes', without weights.")
+    for name, digest in expected.items():
+        if not (folder / name).exists() or sha256_of(folder / name) != digest:
             raise OSError(
-                f"{path.name} in {folder.name} is damaged or incomplete (its SHA-256 isn't the one in SHA256SUMS): "
-                f"get it anew with `git checkout -- helpers/{folder.name}`."
+                f"{name} in {folder.name} is damaged or incomplete (its SHA-256 isn't the one in SHA256SUMS): {mend}."
             )
-        found = actual if name == "model.safetensors" else found
-    return found
+    return expected["model.safetensors"]
 
 
 def base_digest(model: str | Path) -> str:

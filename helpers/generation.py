@@ -40,6 +40,7 @@ _REFUSED = re.compile(
     re.IGNORECASE,
 )
 _CITED = re.compile(r"\s?\[(\d+)\]")
+_AFTER_STOP = re.compile(r"([.!?…]+[\"”»)]*)((?:\s?\[\d+\])+)")
 # Two passages in one bracket, and the brackets that gpt-oss learnt for browsing, 【1†L3-L5】 (OpenAI's description of
 # the harmony format).
 _BRACKETS = re.compile(r"[\[【]\s*(\d+(?:\s*[,;]\s*\d+)*)\s*(?:†[^\]】]*)?[\]】]")
@@ -202,9 +203,9 @@ def cite(text: str, question: str, hits: Sequence[Hit]) -> tuple[str, tuple[Cita
     numbers = [int(number) for number in _CITED.findall(text)]
     invented = tuple(sorted({number for number in numbers if not 1 <= number <= len(hits)}))
     text = _CITED.sub(lambda found: "" if int(found[1]) in invented else found[0], text)
-    citations = {}
-    for start, end in sentences(text):
-        claim = text[start:end]
+    claims, citations = _AFTER_STOP.sub(r"\2\1", text), {}  # 'At dawn. [1]' cites for the sentence before
+    for start, end in sentences(claims):
+        claim = claims[start:end]
         for number in dict.fromkeys(int(found) for found in _CITED.findall(claim)):
             hit = hits[number - 1]
             quoted = supporting_sentence(_CITED.sub("", claim), question, hit)

@@ -62,10 +62,14 @@ class TransformersChat(BaseChatModel):
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """Return the messages as the text that the model reads, by the tokenizer's chat template."""
+        from jinja2 import TemplateError
+
         # Qwen3 would think aloud before each answer, and its adapters learn answers alone; other templates don't ask.
-        return self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False, enable_thinking=False
-        )
+        options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), **options)
+        except TemplateError as error:
+            raise ValueError(f"The model's chat template refuses the prompt ({error}): take another model.") from error
 
     def count(self, messages: Sequence[Message]) -> int:
         """Return the length of the prompt in tokens."""
@@ -74,19 +78,24 @@ class TransformersChat(BaseChatModel):
     def _encode(self, prompt: str) -> list[int]:
         return self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def tokens(self, prompt: str) -> Iterator[int]:
-        """Yield the answer's token ids one by one: read the prompt, then append the next token until it says stop.
-
-        Raises PromptTooLong if the prompt leaves no room for an answer.
-        """
-        import torch
-
+    def _checked(self, prompt: str) -> list[int]:
+        """Return a prompt's token ids. Raises PromptTooLong if it leaves no room for an answer."""
         ids = self._encode(prompt)
         if len(ids) + 1 > self.context:
             raise PromptTooLong(
                 f"The prompt has {len(ids)} tokens and the model's context is {self.context}: give it fewer or "
                 "shorter passages."
             )
+        return ids
+
+    def tokens(self, prompt: str) -> Iterator[int]:
+        """Yield the answer's token ids one by one: read the prompt, then append the next token until it says stop.
+
+        Raises PromptTooLong.
+        """
+        import torch
+
+        ids = self._checked(prompt)
         stops = self.model.generation_config.eos_token_id
         stops = set(stops if isinstance(stops, list) else [stops]) | {self.tokenizer.eos_token_id}
         generator = torch.Generator().manual_seed(self.seed)
@@ -128,7 +137,7 @@ class TransformersChat(BaseChatModel):
         import torch
 
         said = self._encode(text)
-        logits, seen = self._read(self._encode(self.prompt(messages)))
+        logits, seen = self._read(self._checked(self.prompt(messages)))
         if said[1:]:
             logits = torch.cat([logits, self._read(said[:-1], seen, every=True)[0]])
         return float(logits.log_softmax(-1)[range(len(said)), said].sum().exp())
@@ -176,10 +185,15 @@ def _without_repeats(length: int, no_repeat: int, ids, scores):
 
 
 def answer_all(chat: TransformersChat, talks: Sequence[Sequence[Message]], batch: int = 16) -> list[str]:
-    """Return the likeliest answer to each of many conversations, `batch` at a time: far sooner than one by one."""
+    """Return the likeliest answer to each of many conversations, `batch` at a time: far sooner than one by one.
+
+    Raises PromptTooLong before the first is asked.
+    """
     import torch
 
     said, prompts = [], [chat.prompt(talk) for talk in talks]
+    for prompt in prompts:
+        chat._checked(prompt)
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
         inputs = chat.tokenizer(some, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")

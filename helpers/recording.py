@@ -16,8 +16,9 @@ from pathlib import Path
 from helpers import ollama, settings
 from helpers.evaluation import Question, load_questions
 from helpers.four_bit import base_digest
-from helpers.generation import NOT_THERE, answer, passages_of, rag_messages
-from helpers.llms import LLM, TransformersChat, load_llm, place_of
+from helpers.generation import NOT_THERE, Answer, answer, passages_of, rag_messages
+from helpers.llms import LLM, PromptTooLong, TransformersChat, load_llm, place_of
+from helpers.ollama import NoText, PromptCut
 from helpers.quotes import confidence, rank_sentences
 from helpers.retrieval import Hit, Retriever
 from helpers.storage import locked, sha256_of
@@ -74,8 +75,11 @@ def _answer(asked: Sequence[Question], retriever: Retriever, llm: LLM, head: dic
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         for number, question in enumerate(asked, 1):
             if question.id not in answered:
-                given = answer(question.question, retriever, llm)
-                row = {
+                try:
+                    given, failed = answer(question.question, retriever, llm), {}
+                except (NoText, PromptCut, PromptTooLong) as error:  # it would come again: the row says so
+                    given, failed = Answer("", (), (), refused=False), {"error": str(error)}
+                row = failed | {
                     "id": question.id,
                     "text": given.text,
                     "refused": given.refused,

@@ -13,6 +13,7 @@ from helpers.llms import LLM
 from helpers.ollama import OllamaError
 from helpers.plots import COLORS
 from helpers.retrieval import Retriever
+from helpers.storage import IndexRefused
 
 COLUMN = "vertical-align:top;text-align:left;padding:8px;white-space:normal"  # a cell of a table of answers
 
@@ -109,7 +110,7 @@ def ask_box(retriever: Retriever, llm: LLM | str):
         try:
             given = answer(question, retriever, llm, stream=show)
             view.value = answer_html(question, given.text, given)
-        except (OllamaError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, IndexRefused) as error:
             view.value = f"<p>{escape(str(error))}</p>"
 
     field.observe(ask, names="value")

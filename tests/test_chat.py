@@ -1,8 +1,13 @@
 """A conversation in a terminal with a model behind Ollama: processes, a pseudo-terminal and the stand-in server."""
 
+import json
 import os
+import pty
+import select
 import signal
 import socket
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -101,6 +106,26 @@ def test_the_model_that_is_missing_is_fetched_where_the_person_says_yes(chat, se
     assert "You asked: Who makes the Lumbrera 9? [1]" in talk.until("s)\r\n")
     assert chats(server)[-1]["options"]["num_predict"] > 1000  # it thinks first, and that counts
     assert talk.leave() == 0
+
+
+def test_the_question_whether_to_fetch_is_no_part_of_the_answer(server, tmp_path, monkeypatch):
+    """Standard output goes to a file, and HELPERS_LLM is there and empty; the terminal shows the question."""
+    del server.models[MODEL]
+    monkeypatch.setenv("HELPERS_LLM", "")
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-m", "helpers", "ask", "--json", b"Qui\xe9n fabrica la Lumbrera 9?"]  # no UTF-8
+    with (tmp_path / "answer.json").open("wb") as out:
+        process = subprocess.Popen(command, stdin=end, stdout=out, stderr=end, start_new_session=True)
+        shown = b""
+        while b"[y/N] " not in shown:
+            assert select.select([terminal], [], [], 60)[0], shown
+            shown += os.read(terminal, 65536)
+        os.write(terminal, b"n\n")
+        assert process.wait(60) == 0
+    os.close(terminal)
+    os.close(end)
+    given = json.loads((tmp_path / "answer.json").read_text(encoding="utf-8"))
+    assert given["model"] == "quotes" and given["question"] == "Qui\ufffdn fabrica la Lumbrera 9?"
 
 
 @pytest.mark.parametrize("reply", [b"\n", b"\x04"], ids=["empty", "Ctrl-D"])

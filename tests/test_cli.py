@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from chat_in_a_terminal import Chat
 
 from helpers import doctor, ollama, settings
-from helpers.__main__ import main
+from helpers.__main__ import Interrupt, main
 from helpers.storage import IndexRefused
 
 TEXTS = {
@@ -100,6 +101,23 @@ def test_evaluate_prints_recall_and_quotes(docs, capsys, tmp_path):
     questions.write_text(json.dumps(row | {"answers": ["Bruno"]}), encoding="utf-8")
     assert main(["evaluate", str(questions), "--docs", str(docs)]) == 2
     assert "no accepted answer stands on page 1" in capsys.readouterr().err
+
+
+def test_a_closed_standard_input_is_an_empty_one(monkeypatch, docs):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat", "--docs", str(docs)]) == 0
+
+
+def test_an_interrupt_that_was_lost_can_be_repeated(monkeypatch):
+    interrupt, now = Interrupt(), [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    interrupt.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(signal.SIGINT, None)
+    interrupt(signal.SIGINT, None)  # at once: the first is being dealt with
+    now[0] += 1.1
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(signal.SIGINT, None)
 
 
 def test_chat_without_a_terminal_prompts_for_nothing():

@@ -9,6 +9,7 @@ from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
 
 from helpers import settings
+from helpers.four_bit import read_base
 from helpers.generation import NOT_THERE, REFUSALS, answer, as_data, cite, is_refusal, rag_messages, rewrite
 from helpers.llms import LLM, PromptTooLong, check_weights, load_llm
 from helpers.ollama import NoText
@@ -119,6 +120,17 @@ def test_a_citation_of_a_passage_that_was_not_given_is_taken_out_and_reported(re
     given = answer("Who feeds the goat of Corvejón?", retriever, says("Anselmo Grieve [1][7], they say [0]."))
     assert given.text == "Anselmo Grieve [1], they say." and given.invented == (0, 7)
     assert [cited.number for cited in given.citations] == [1]
+
+
+@pytest.mark.parametrize("mark", [". [1]", ".[1]", '." [1][3]', " [1]."])
+def test_a_citation_after_the_full_stop_is_of_the_sentence_before(retriever, mark):
+    hits = retriever.search("Who feeds the goat of Corvejón?")
+    first = next(number for number, hit in enumerate(hits, 1) if hit.chunk.file == "0.txt")
+    marked = mark.replace("1", str(first)).replace("[3]", f"[{first % 3 + 1}]")
+    said = f"The keeper Anselmo Grieve feeds it{marked} Something else is said of ferries."
+    text, citations, _ = cite(said, "Who feeds the goat of Corvejón?", hits)
+    assert text == said
+    assert citations[0].number == first and citations[0].quote == "The keeper Anselmo Grieve feeds it at dawn."
 
 
 @pytest.mark.parametrize(
@@ -291,7 +303,9 @@ def test_a_model_that_is_nowhere_is_said_in_one_sentence():
 
 
 def test_damaged_or_missing_weights_are_refused(tmp_path):
-    with pytest.raises(OSError, match=r"There are no weights in .*: make them with `python -m helpers"):
+    with pytest.raises(
+        OSError, match=r"SHA256SUMS in .* is missing or damaged: get it anew with `git checkout -- helpers"
+    ):
         check_weights(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"weights")
@@ -301,3 +315,18 @@ def test_damaged_or_missing_weights_are_refused(tmp_path):
     weights.write_bytes(b"weighty")
     with pytest.raises(OSError, match=r"model\.safetensors in .* is damaged or incomplete"):
         check_weights(tmp_path)
+    for cut in ("", f"{digest}\n", f"{digest}  config.json\n", f"{digest}  model.safetensors\n{digest[:9]}"):
+        (tmp_path / "SHA256SUMS").write_text(cut)
+        with pytest.raises(OSError, match=r"SHA256SUMS in .* is missing or damaged"):
+            check_weights(tmp_path)
+
+
+def test_damaged_weights_are_not_loaded(tmp_path, monkeypatch):
+    folder = shutil.copytree(settings.TINY_GPT_OSS, tmp_path / "tiny_gpt_oss", ignore=shutil.ignore_patterns("curri*"))
+    monkeypatch.setattr(settings, "TINY_GPT_OSS", folder)
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    for load in (lambda: load_llm("tiny"), lambda: read_base(folder, False, "float32", "cpu")):
+        with pytest.raises(OSError, match=r"model\.safetensors in tiny_gpt_oss is damaged"):
+            load()

@@ -87,8 +87,14 @@ def test_the_tokens_that_would_repeat_a_stretch():
 
 def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(llm):
     assert llm.context == 256
-    with pytest.raises(PromptTooLong, match=r"The prompt has \d{3,} tokens and the model's context is 256"):
-        list(llm.stream([{"role": "user", "content": "light " * 300}]))
+    long = [{"role": "user", "content": "light " * 300}]
+    for ask in (
+        lambda: list(llm.stream(long)),
+        lambda: answer_all(llm.chat, [MESSAGES, long]),
+        lambda: llm.chat.probability(long, "The passages"),
+    ):
+        with pytest.raises(PromptTooLong, match=r"The prompt has \d{3,} tokens and the model's context is 256"):
+            ask()
 
 
 def test_the_probability_of_a_text_is_the_product_over_its_tokens(llm):
@@ -288,6 +294,15 @@ def test_a_model_that_could_think_aloud_is_asked_not_to(llm):
     )
     chat = llm.chat.model_copy(update={"tokenizer": tokenizer})
     assert chat.prompt([{"role": "user", "content": "Who?"}]) == "Who?\nassistant\n<think>\n\n</think>\n\n"
+
+
+def test_a_template_that_refuses_the_prompt_is_said(llm):
+    """As that of Gemma 2, which knows no system message."""
+    tokenizer = stand_in_model.tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    chat = llm.chat.model_copy(update={"tokenizer": tokenizer})
+    with pytest.raises(ValueError, match=r"template refuses the prompt \(System role not supported\): take another"):
+        chat.count(MESSAGES)
 
 
 def test_a_folder_of_the_course_is_found_from_every_working_directory(folder, monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ from helpers import recording, settings
 from helpers.evaluation import contains_answer, load_questions, share
 from helpers.four_bit import base_digest
 from helpers.llms import QUOTES, check_weights
+from helpers.ollama import NoText
 from helpers.recording import hash_of, record, recorded
 from helpers.retrieval import Index, Retriever
 from helpers.storage import locked, sha256_of
@@ -85,6 +86,21 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(retriever, questions, tmp_p
     record("quotes", retriever, tmp_path, questions)
     assert answered == [ASKED[0], ASKED[1], ASKED[1], ASKED[2]]
     assert [row["id"] for row in recorded(tmp_path)["quotes"][1]] == ["0", "1", "2"]
+
+
+def test_a_question_that_fails_each_time_gets_a_row_that_says_so(retriever, questions, tmp_path, monkeypatch):
+    answer = recording.answer
+
+    def failing(question, *rest):
+        if question == ASKED[1]:
+            raise NoText("It ran out of tokens while thinking.")
+        return answer(question, *rest)
+
+    monkeypatch.setattr(recording, "answer", failing)
+    record("quotes", retriever, tmp_path, questions)
+    first, failed, _ = recorded(tmp_path)["quotes"][1]
+    assert failed["error"] == "It ran out of tokens while thinking." and failed["text"] == "" and not failed["refused"]
+    assert failed.keys() == first.keys() | {"error"}
 
 
 def test_what_was_begun_with_another_model_is_begun_anew(retriever, questions, tmp_path):

@@ -74,7 +74,10 @@ def test_a_question_in_spanish_gets_its_places_in_spanish(retriever):
     assert "página 2" in view.value and len(box.children) == 2
 
 
-@pytest.mark.parametrize("failure", [NoServer("No Ollama answers: start it."), PromptTooLong("The prompt is <long>.")])
+@pytest.mark.parametrize(
+    "failure",
+    [NoServer("No Ollama answers: start it."), PromptTooLong("The prompt is <long>."), OSError("The disk is full.")],
+)
 def test_a_question_that_fails_says_why_and_the_next_one_is_answered(retriever, failure):
     field, view = ask_box(retriever, says("Half", failure=failure)).children
     field.value = "Who feeds the goat?"
