@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig, GptO
 
 from helpers import settings
 from helpers.chunking import load_documents
-from helpers.evaluation import contains_answer, load_questions
+from helpers.evaluation import load_questions
 from helpers.generation import is_refusal, rag_messages
-from helpers.language import stems
+from helpers.language import fold, stems
 from helpers.llms import PromptTooLong, check_weights, load_llm
 from helpers.tiny_gpt_oss import curriculum, optimizers, packing, prose, scenes, thesaurus, tokenizer, train, worlds
 from helpers.tiny_gpt_oss.batches import Bucket, Packer, Writers
@@ -186,8 +186,13 @@ def test_spanish_contracts_and_sentences_begin_with_a_capital():
     assert fill("{e} weighs {v}.", "en", "the oven", "3 kg") == "The oven weighs 3 kg."
 
 
-def test_nothing_of_the_documents_or_the_questions_is_in_ten_thousand_worlds():
-    """No proper name and no eight words in a row; and with no name, no fact: each fact's subject has one."""
+@pytest.fixture(scope="module")
+def ten_thousand():
+    return list(examples(10_000, Shape((1, 3), (200, 1000), 4), "honest"))
+
+
+def test_nothing_of_the_documents_or_the_questions_is_in_ten_thousand_worlds(ten_thousand):
+    """No proper name and no eight words in a row, nor in 2,000 scenes or the prose, whatever stands in its slots."""
     documents = load_documents(settings.DOCUMENTS)[0]
     text = "\n".join(page.text for page in documents)
     asked = load_questions(settings.QUESTIONS, None).questions
@@ -204,34 +209,42 @@ def test_nothing_of_the_documents_or_the_questions_is_in_ten_thousand_worlds():
     made, found = set(), set()
     shape = Shape((1, 3), (200, 1000), 4)
     of_scenes = (scenes.make_scenes(random.Random(n), LANGUAGES[n % 2], shape) for n in range(2000))
-    for example in (*examples(10_000, shape, "honest"), *of_scenes):
+    for example in (*ten_thousand, *of_scenes):
         said = "\n".join([passage.text for passage in example.passages] + [turn.question for turn in example.turns])
         found |= runs(said) & known
         made |= {word.lower() for word in split(said) if word.istitle()}  # a code such as MR-1234 is no name
     every = [(code, passage) for code in LANGUAGES for held in HELD for passage in prose.collection(code, held)]
     for language, passage in every:
-        filled = prose.fill_slots(language, passage, prose.invent_values(random.Random(1), language, passage))
-        said = "\n".join([filled.text, *filled.missing, *(question for question, *_ in filled.questions)])
-        found |= runs(said) & known
-        made |= {word.lower() for word in split(re.sub(r"\{[^}]*\}", "", passage.text)) if word.istitle()} - lower
+        for seed in (1, 2):
+            filled = prose.fill_slots(language, passage, prose.invent_values(random.Random(seed), language, passage))
+            said = "\n".join([filled.text, *filled.missing, *(question for question, *_ in filled.questions)])
+            found |= runs(said) & known
+        with_choices = re.sub(r"\{\w+(:\w+)?", "", passage.text)  # of {mood|glad|sad} the name of the slot alone goes
+        made |= {word.lower() for word in split(with_choices) if word.istitle()} - lower
     assert not found
     # A common noun of the templates that is a name in the documents (a lantern, the Lantern) is no name here.
     # Nor is a title, an adjective or a day in the plural.
-    common = {word.lower() for word in templates} | {"mr", "mrs", "san", "roman", "fridays"}
+    common = {word.lower() for word in templates} | {"mr", "mrs", "san", "roman"} | {f"{day}s" for day in calendar}
     assert not sorted(names & made - common)
 
 
-def test_no_passage_of_a_thousand_worlds_answers_a_question_of_the_evaluation():
-    """None holds an accepted answer and every word of its question that carries a subject."""
-    asked = [question for question in load_questions(settings.QUESTIONS, None).questions if question.answerable]
-    wanted = [(question, set(stems(question.question, question.language))) for question in asked]
-    read = 0
-    for example in examples(1000, Shape((1, 3), (200, 1000), 4), "honest"):
-        for passage in example.passages:
-            held, read = set(stems(passage.text, example.language)), read + 1
-            for question in (question for question, subject in wanted if subject <= held):
-                assert not contains_answer(passage.text, question.answers, example.language), (question.id, passage)
-    assert read > 1500 and all(subject for _, subject in wanted)
+def test_no_question_of_ten_thousand_worlds_asks_what_the_evaluation_asks(ten_thousand):
+    """No attribute has the value that it has in the evaluation: the same answer to all words asked, names aside."""
+    accepted, same, near = {}, [], 0
+    for question in load_questions(settings.QUESTIONS, None).questions:
+        nameless = re.sub(r"(?<=[\w,;:] )[A-ZÁÉÍÓÚÑ][\w'-]*", "", question.question)
+        asked = set(stems(nameless, question.language))
+        # One word alone, such as 'rooms', is no attribute: with it go the names.
+        asked = asked if len(asked) > 1 else set(stems(question.question, question.language))
+        for value in question.answers:
+            accepted.setdefault((question.language, fold(value)), []).append(asked)
+    for example in ten_thousand:
+        for turn in example.turns:
+            for asked in accepted.get((example.language, fold(turn.value)), ()):
+                shared = len(asked & set(stems(turn.question, example.language))) / len(asked)
+                near += shared >= 0.5
+                same += [turn.question] if shared == 1 else []
+    assert not same and near > 10  # the same value for something else that shares half of the words: that happens
 
 
 def split(text):
