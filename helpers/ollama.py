@@ -6,11 +6,14 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -23,7 +26,6 @@ START_SECONDS = 60.0  # a server listens at once, and answers when it has looked
 STOP_SECONDS = 5.0
 KEEP_ALIVE = "15m"  # how long a model stays in memory after a question
 READ_SHARE = 0.55  # of a prompt's estimate, which errs upwards: who read less has cut it, to half of num_ctx
-LOG = settings.RUNS / "ollama.log"
 # Where the installers of Linux, macOS and Windows put the program, and the commands that install it.
 PLACES = r"""/usr/local/bin/ollama /usr/bin/ollama /snap/bin/ollama ~/.local/bin/ollama /opt/homebrew/bin/ollama
     /Applications/Ollama.app/Contents/Resources/ollama %LOCALAPPDATA%\Programs\Ollama\ollama.exe""".split()
@@ -55,11 +57,15 @@ SILENT = "What listens at {url} is silent: wait if it is Ollama starting, else e
 NOBODY = "No Ollama answers at {url}: start it there with `ollama serve`, or set OLLAMA_HOST to where it runs."
 ENDED = "`ollama serve` {how}, and the last line of {log} is '{said}': run it in a terminal to see more."
 MISSING = "{url} has no {model}: fetch it with `ollama pull {model}` or pull=True{smaller}."
-NO_SUCH = "Ollama's library has no {model}: look its name up at https://ollama.com/library."
-BROKEN_PULL = "{model} was not fetched ({said}): `ollama pull {model}` goes on where it stopped."
 SLOW = "{model} said nothing in time: see with `ollama ps` where it runs, or raise settings.OLLAMA_SECONDS{smaller}."
 LOST = "The answer of {model} broke off ({said}): ask again, and if it stays so, see the log ({log} if started here)."
 STRANGE = "{url} sent what is not of Ollama's protocol ({said}): ask again, and if it stays so, update Ollama."
+PULLS = (  # why a model was not fetched, as a pattern; what mends it
+    (r"not exist|invalid model name", "Ollama's library has no {model}: look it up at https://ollama.com/library."),
+    (r"newer version", "{model} needs a newer Ollama: update it from https://ollama.com/download."),
+    (r"no space left|not enough space", "{said}: free space there, then `ollama pull {model}` goes on."),
+    (r"", "{model} was not fetched ({said}): `ollama pull {model}` goes on where it stopped."),
+)
 REPLIES = (  # what a server replies, status first (-1 within a stream), as a pattern; what that is; what mends it
     (r"^\S+ \s*<|^(404(?!.*model)|405|501) ", PortTaken, TAKEN),  # a page of HTML, or no such path
     (r"model ['\"].* not found", ModelMissing, MISSING),
@@ -106,15 +112,15 @@ def address(host: str | None = None) -> str:
     """
     named = (host or os.environ.get("OLLAMA_HOST", "")).strip("\"' \t\r\n")
     scheme, _, rest = ("https://ollama.com" if named == "ollama.com" else named).rpartition("://")
-    default = {"": 11434, "http": 80, "https": 443}.get(scheme, 0)
+    default = {"": 11434, "http": 80, "https": 443}.get(scheme.lower(), 0)
     place, _, path = rest.partition("/")
     with suppress(ValueError):
         place = f"[{ipaddress.IPv6Address(place)}]"
     parts = re.fullmatch(r"(\[[\da-fA-F:.]+\]|[\w.-]*)(?::(\d{1,5}))?", place)
-    with suppress(ValueError, TypeError):  # ValueError: no port, or no IPv6 address; TypeError: `parts` is None
+    with suppress(ValueError, TypeError):  # no port, no IPv6 address, a label empty or too long; `parts` is None
         name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(parts[1], parts[1])
-        url = f"{scheme or 'http'}://{name}:{parts[2] or default}/{path}".rstrip("/")
-        if default and urlsplit(url).port:
+        url = f"{scheme.lower() or 'http'}://{name}:{parts[2] or default}/{path}".rstrip("/")
+        if default and urlsplit(url).port and name.encode("idna"):
             return url
     raise NoServer(f"{'`host`' if host else 'OLLAMA_HOST'} is no address: set it to one such as 127.0.0.1:11434.")
 
@@ -129,52 +135,59 @@ class Ollama:
         self.url = address(host)
         self._local = re.fullmatch(r"localhost|127(\.\d+){3}|::1", urlsplit(self.url).hostname or "") is not None
         self.process: subprocess.Popen | None = None  # the server, if this object started it
+        self._starting = threading.Lock()  # of two threads the second finds the server of the first
         self._owner = os.getpid()  # a fork of this process must not stop it
 
     def version(self) -> str | None:
         """Return the server's version; None where nothing listens. Raises PortTaken, or TooSlow if it is silent."""
         try:
-            reply = httpx.get(f"{self.url}/api/version", **self._transport(PROBE_SECONDS))
+            key = os.environ.get("OLLAMA_API_KEY")  # as the client library sends it, for a proxy before the server
+            how = {"headers": {"Authorization": f"Bearer {key}"} if key else {}, "follow_redirects": True}
+            reply = httpx.get(f"{self.url}/api/version", **how, **self._transport(PROBE_SECONDS))
             return str(reply.raise_for_status().json()["version"])
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.InvalidURL):
             return None
-        except httpx.TimeoutException:
-            raise _error(TooSlow, SILENT, self.url) from None
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            raise _error(PortTaken, TAKEN, self.url) from error
+            silent = isinstance(error, (httpx.TimeoutException, httpx.NetworkError))
+            if isinstance(error, httpx.RemoteProtocolError):  # httpx doesn't say whether there was a word
+                at = urlsplit(self.url)
+                with suppress(OSError), socket.create_connection((at.hostname, at.port), PROBE_SECONDS) as connection:
+                    silent = connection.recv(1) == b""  # so Docker's proxy and `ssh -L` close while a server starts
+            raise _error(*((TooSlow, SILENT) if silent else (PortTaken, TAKEN)), self.url) from error
 
     def start(self, seconds: float = START_SECONDS) -> bool:
         """Make sure that a server answers, within `seconds`; return whether it is one that this object started.
 
-        Its log is runs/ollama.log. Raises NotInstalled, PortTaken, TooSlow or NoServer.
+        Its log is in runs/, with the port in its name. Raises NotInstalled, PortTaken, TooSlow or NoServer.
         """
-        if self.process and self.process.poll() is not None:  # it died since
-            self.stop()
-        end, ended = time.monotonic() + seconds, False
-        try:
-            while True:
-                try:
-                    if self.version() is not None:
-                        break
-                    if self.process is None:
-                        self._launch()
-                except TooSlow:  # it may be the one just started, or one that another has just started
-                    if self.process is None and time.monotonic() > end:
-                        raise
-                if ended or (self.process and time.monotonic() > end):
-                    how = f"ended with code {self.process.returncode}" if ended else "did not answer in time"
-                    last = LOG.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-                    raise _error(NoServer, ENDED, self.url, said=last, how=how)
-                ended = self.process is not None and self.process.poll() is not None
-                time.sleep(0.05)
-        except BaseException as error:
-            self.stop()
-            if isinstance(error, OSError):
-                raise NoServer(f"`ollama serve` could not be started ({error}): check that path.") from error
-            raise
-        if self.process and self.process.poll() is not None:  # what answers is another's: ours found the port taken
-            self.stop()
-        return self.process is not None
+        with self._starting:
+            if self.process and self.process.poll() is not None:  # it died since
+                self.stop()
+            end, ended = time.monotonic() + seconds, False
+            try:
+                while True:
+                    try:
+                        if self.version() is not None:
+                            break
+                        if self.process is None:
+                            self._launch()
+                    except TooSlow:  # it may be the one just started, or one that another has just started
+                        if self.process is None and time.monotonic() > end:
+                            raise
+                    if ended or (self.process and time.monotonic() > end):
+                        how = f"ended with code {self.process.returncode}" if ended else "did not answer in time"
+                        log = _log(self.url).read_text(encoding="utf-8", errors="replace")
+                        raise _error(NoServer, ENDED, self.url, said=log.strip().rpartition("\n")[2], how=how)
+                    ended = self.process is not None and self.process.poll() is not None
+                    time.sleep(0.05)
+            except BaseException as error:
+                self.stop()
+                if isinstance(error, OSError):
+                    raise NoServer(f"`ollama serve` could not be started ({error}): check that path.") from error
+                raise
+            if self.process and self.process.poll() is not None:  # what answers is another's: ours found the port taken
+                self.stop()
+            return self.process is not None
 
     def _launch(self) -> None:
         parts, binary = urlsplit(self.url), find_binary()
@@ -185,11 +198,11 @@ class Ollama:
         env = os.environ | {"OLLAMA_HOST": parts.netloc}  # 0.0.0.0 has become loopback
         # Apart from this terminal (on Windows: a new group without a window): Ctrl-C stops an answer, not the server.
         apart = {"creationflags": 0x08000200} if os.name == "nt" else {"start_new_session": True}
-        LOG.parent.mkdir(parents=True, exist_ok=True)
-        with LOG.open("wb") as log, open(os.devnull) as nothing:
+        settings.RUNS.mkdir(parents=True, exist_ok=True)
+        with _log(self.url).open("wb") as log, open(os.devnull) as nothing:
             self.process = subprocess.Popen([binary, "serve"], env=env, stdin=nothing, stdout=log, stderr=log, **apart)
         atexit.register(self.stop)
-        for end in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # they too shall end us through atexit
+        for end in (s for s in signal.Signals if s.name in ("SIGTERM", "SIGHUP", "SIGQUIT")):  # atexit shall run
             with suppress(ValueError):  # outside the main thread they stay as they are
                 if signal.getsignal(end) is signal.SIG_DFL:
                     signal.signal(end, lambda number, _: sys.exit(128 + number))
@@ -203,14 +216,18 @@ class Ollama:
         if os.name == "nt":
             subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True, check=False)
         elif process.returncode is None:  # else it was reaped, and its number may be another's by now
-            for ending in (signal.SIGTERM, signal.SIGKILL):  # the second is for what the first left of the group
+            try:
                 with suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
-                    os.killpg(process.pid, ending)
+                    os.killpg(process.pid, signal.SIGTERM)
+                    process.wait(STOP_SECONDS)
+            finally:  # for what the first left of the group, even if Ctrl-C ended the wait
+                with suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, signal.SIGKILL)
                     process.wait(STOP_SECONDS)
 
     def models(self) -> tuple[str, ...]:
         """Return the names of the models that the server has, sorted."""
-        return tuple(sorted(model.model for model in self._ask("list").models))
+        return tuple(sorted(model.model for model in self._ask("list").models if model.model))
 
     def digest(self, name: str) -> str:
         """Return the sha256 of a model, with which answers are recorded. Raises ModelMissing."""
@@ -218,8 +235,7 @@ class Ollama:
 
     def require(self, name: str, pull: bool = False) -> str:
         """Return the sha256 of a model; one that is missing is fetched if `pull`. Raises ModelMissing or PullFailed."""
-        tagged = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
-        found = [model.digest for model in self._ask("list").models if model.model.lower() == tagged.lower()]
+        found = [each.digest for each in self._ask("list").models if each.model and _short(each.model) == _short(name)]
         if not found and not pull:
             raise _error(ModelMissing, MISSING, self.url, name)
         if not found:
@@ -246,7 +262,7 @@ class Ollama:
                 raise explained from error
             why = str(getattr(error, "error", error)) or type(error).__name__
         if why:
-            raise _error(PullFailed, NO_SUCH if "not exist" in why else BROKEN_PULL, self.url, name, why)
+            raise _error(PullFailed, next(mend for p, mend in PULLS if re.search(p, why)), self.url, name, why)
 
     def warm_up(self, name: str, num_ctx: int) -> None:
         """Load a model into memory. `num_ctx` must be that of the questions to come, or they load it once more."""
@@ -323,12 +339,21 @@ def explain(error: Exception, model: str = "", url: str | None = None) -> Ollama
     return _error(kind, text, url or address(), model, said)
 
 
+def _log(url: str) -> Path:
+    return settings.RUNS / f"ollama_{urlsplit(url).port}.log"
+
+
+def _short(name: str) -> str:
+    """Return a model's name as servers list it: with its tag, and without the library where it is Ollama's own."""
+    short = re.sub(r"^(registry\.ollama\.ai/)?(library/)?", "", name.lower())
+    return short if ":" in short.rpartition("/")[2] else f"{short}:latest"
+
+
 def _error(kind: type[OllamaError], text: str, url: str, model: str = "", said: str = "", how: str = "") -> OllamaError:
     who = f"netstat -ano | findstr :{urlsplit(url).port}" if os.name == "nt" else f"lsof -i :{urlsplit(url).port}"
     names = [name for name, *_ in settings.OLLAMA_MODELS]
-    rest = settings.OLLAMA_MODELS[names.index(model) + 1 if model in names else 1 :]
-    smaller = (
-        ", or take a smaller model: " + ", ".join(f"{name} ({size:g} GB)" for name, size, _ in rest) if rest else ""
-    )
+    rest = settings.OLLAMA_MODELS[names.index(_short(model)) + 1 :] if _short(model) in names else ()
+    listed = ", ".join(f"{name} ({size:g} GB)" for name, size, _ in rest)
+    smaller = f", or take a smaller model: {listed}" if rest else ""
     model, said = model or "the model", " ".join(said.split())[:200]
-    return kind(text.format(url=url, model=model, said=said, how=how, who=who, smaller=smaller, log=LOG))
+    return kind(text.format(url=url, model=model, said=said, how=how, who=who, smaller=smaller, log=_log(url)))

@@ -67,6 +67,11 @@ def tokens(message):
     return len(str(message.get("content") or "")) // 4 + 4
 
 
+def short(name):
+    """Return a model's name without the library it comes from, as the server lists it."""
+    return re.sub("^(registry.ollama.ai/)?(library/)?", "", name)
+
+
 class ClientLeft(ConnectionError):
     """The client closed the connection before the answer ended."""
 
@@ -82,6 +87,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle(self):
         with suppress(ConnectionError, ValueError):  # ValueError: a mode has closed the file under it
+            if self.stand_in.before == "shut":
+                return self.hang_up(reset=False)
             super().handle()
 
     @property
@@ -89,9 +96,19 @@ class Handler(BaseHTTPRequestHandler):
         return self.server.owner
 
     def do_GET(self):
-        self.stand_in.requests.append((self.path, None))
+        before, path = self.stand_in.before, self.path.removeprefix("/moved")
+        self.stand_in.requests.append((path, None))
+        if before == "reset":
+            return self.hang_up()
+        if before == "key" and self.headers.get("Authorization") != "Bearer secret":
+            return self.reply({"error": "unauthorized"}, 401)
+        if before == "moved" and path == self.path:
+            self.send_response(307)
+            self.send_header("Location", f"/moved{path}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         paths = {"/": self.root, "/api/version": self.version, "/api/tags": self.tags, "/api/ps": self.ps}
-        paths.get(self.path, self.not_found)()
+        return paths.get(path, self.not_found)()
 
     def do_POST(self):
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -189,7 +206,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"models": list(self.stand_in.loaded.values())})
 
     def show(self, body):
-        name = body.get("model") or body.get("name") or ""
+        name = short(body.get("model") or body.get("name") or "")
         if name not in self.stand_in.models:
             return self.reply({"error": f"model '{name}' not found"}, 404)
         capabilities = ["completion", "tools", *(["thinking"] if name in THINKING else [])]
@@ -201,7 +218,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def load(self, body):
         """Load a model as a request asks for; return its context, or None where an error was sent."""
-        name, options = body.get("model", ""), body.get("options") or {}
+        name, options = short(body.get("model", "")), body.get("options") or {}
         if name not in self.stand_in.models:
             return self.reply({"error": f"model '{name}' not found"}, 404)
         failures = {
@@ -231,9 +248,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def pull(self, body):
         """Fetch a model: in ten steps, from where the last attempt stopped."""
-        name, stand_in = body.get("model") or body.get("name") or "", self.stand_in
+        name, stand_in = short(body.get("model") or body.get("name") or ""), self.stand_in
+        if not re.fullmatch(r"[\w.:/-]+", name):
+            return self.reply({"error": "invalid model name"}, 400)
         self.begin()
         self.line({"status": "pulling manifest"})
+        if stand_in.pull_breaks == "old":
+            self.line({"error": TOO_OLD})
+            return self.end()
         if name not in LIBRARY:
             self.line({"error": "pull model manifest: file does not exist"})
             return self.end()
@@ -249,8 +271,8 @@ class Handler(BaseHTTPRequestHandler):
                     how, stand_in.pull_breaks = stand_in.pull_breaks, ""
                     if how == "die":
                         return self.hang_up()
-                    if how == "error":
-                        self.line({"error": "max retries exceeded: EOF"})
+                    if how in BREAKS:
+                        self.line({"error": BREAKS[how]})
                     return self.end()
         for status in ("verifying sha256 digest", "writing manifest", "success"):
             self.line({"status": status})
@@ -327,6 +349,14 @@ class Handler(BaseHTTPRequestHandler):
         return self.end()
 
 
+TOO_OLD = (
+    "pull model manifest: 412: \n\nThe model you are attempting to pull requires a newer version of Ollama that may be "
+    "in pre-release.\n\nPlease see https://github.com/ollama/ollama/releases for more details.\n\n"
+)
+BREAKS = {
+    "error": "max retries exceeded: EOF",
+    "full": "write /root/.ollama/models/blobs/sha256-0f-partial-0: no space left on device",
+}
 WRONG_LINES = {
     "error": {"error": "an error was encountered while running the model: unexpected EOF"},
     "malformed": '{"model": "gpt-oss:20b", "message": {"role": "assis',
@@ -374,7 +404,8 @@ class StandIn:
         self.delay = 1.0  # of 'slow'
         self.version_delay = 0.0
         self.pull_delay = 0.0
-        self.pull_breaks = ""  # 'die', 'error' or 'end': once, in the middle of a layer
+        self.pull_breaks = ""  # 'die', 'error', 'full' or 'end': once, in the middle of a layer; 'old': always, at once
+        self.before = ""  # 'key' (a proxy), 'moved' or 'reset': what a GET meets; 'shut': what each connection meets
         self.fetched = {}  # bytes of each layer that are there
         self.loaded = {}
         self.requests = []

@@ -10,14 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 
 import httpx
 import ollama as client_library
 import psutil
 import pytest
 from langchain_core.messages import HumanMessage, SystemMessage
-from ollama_stand_in import LIBRARY, MODES, VERSION, SomethingElse, StandIn, digest, write_program
+from ollama_stand_in import LIBRARY, MODES, VERSION, Handler, SomethingElse, StandIn, digest, write_program
 
 from helpers import doctor, ollama, settings
 from helpers.ollama import Ollama, OllamaError, check_final, explain
@@ -32,7 +32,7 @@ def surroundings(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.setattr(ollama, "PLACES", [])
-    monkeypatch.setattr(ollama, "LOG", tmp_path / "runs" / "ollama.log")
+    monkeypatch.setattr(settings, "RUNS", tmp_path / "runs")
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     # Each client reads all certificates anew, a third of the time of these tests; here nobody speaks https.
     monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
@@ -119,6 +119,10 @@ def eventually(condition, seconds=5.0):
     return True
 
 
+def log_of(port):
+    return settings.RUNS / f"ollama_{port}.log"
+
+
 def alive(pid):
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -139,6 +143,7 @@ def alive(pid):
         ("1.2.3.4:56789", "http://1.2.3.4:56789"),
         ("http://gpu", "http://gpu:80"),
         ("https://gpu", "https://gpu:443"),
+        ("HTTP://gpu", "http://gpu:80"),
         ("https://gpu:8443/ollama/", "https://gpu:8443/ollama"),
         ("gpu/", "http://gpu:11434"),
         ("0.0.0.0", "http://127.0.0.1:11434"),
@@ -163,7 +168,8 @@ def test_ollama_host_is_read_as_the_real_client_reads_it(monkeypatch, named, url
 
 
 @pytest.mark.parametrize(
-    "named", ["gpu:99999", "gpu:port", "ftp://gpu", "gpu:0", "user:secret@gpu", "a b", "[::1", "[a:b]", "1:2:3"]
+    "named",
+    [*"gpu:99999 gpu:port ftp://gpu gpu:0 user:secret@gpu [::1 [a:b] 1:2:3 a..b .gpu".split(), "a b", "x" * 64],
 )
 def test_what_is_no_address_is_said(monkeypatch, named):
     message = refused(ollama.NoServer, "`host` is no address|127.0.0.1:11434", Ollama, named)
@@ -227,7 +233,7 @@ def test_start_waits_for_an_answer_and_stop_ends_what_was_started(port, program,
     process = psutil.Process(server.process.pid)
     assert server.version() == VERSION and process.cmdline()[-1] == "serve"
     assert os.getsid(process.pid) == process.pid != os.getsid(0)  # Ctrl-C in this terminal doesn't reach it
-    assert f"Listening on 127.0.0.1:{port}" in ollama.LOG.read_text(encoding="utf-8")
+    assert f"Listening on 127.0.0.1:{port}" in log_of(port).read_text(encoding="utf-8")
     assert server.start() is True and server.process.pid == process.pid
     another = Ollama()
     assert another.start() is False
@@ -275,6 +281,41 @@ def test_a_server_of_ours_that_died_is_started_again(port, program):
         server.stop()
 
 
+def test_two_threads_start_one_server(port, program, monkeypatch):
+    server, launched, started = Ollama(), [], []
+    version, launch = server.version, server._launch
+    both = threading.Barrier(2)
+
+    def meeting():
+        found = version()
+        with suppress(threading.BrokenBarrierError):  # both see that none answers, where nothing keeps them apart
+            both.wait(0.3)
+        return found
+
+    monkeypatch.setattr(server, "version", meeting)
+    monkeypatch.setattr(server, "_launch", lambda: (launched.append(1), launch()))
+    threads = [threading.Thread(target=lambda: started.append(server.start())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    server.stop()
+    assert started == [True, True] and launched == [1]
+
+
+def test_each_port_has_its_log(port, program):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        second = probe.getsockname()[1]
+    servers = Ollama(), Ollama(port_of(second))
+    try:
+        assert [server.start() for server in servers] == [True, True]
+        for number in (port, second):
+            assert f"Listening on {port_of(number)}" in log_of(number).read_text(encoding="utf-8")
+    finally:
+        for server in servers:
+            server.stop()
+
+
 def test_a_dead_process_is_not_taken_for_the_server_that_answers(port, program, monkeypatch):
     """Another's server wins the port, and answers between two polls of ours."""
     monkeypatch.setenv("STAND_IN_EXIT", "address already in use")
@@ -292,7 +333,7 @@ def test_a_dead_process_is_not_taken_for_the_server_that_answers(port, program, 
 
 def test_the_settings_that_messages_name_can_be_set():
     said = " ".join(
-        [*(text for text in vars(ollama).values() if isinstance(text, str)), *(r[2] for r in ollama.REPLIES)]
+        [*(t for t in vars(ollama).values() if isinstance(t, str)), *(r[-1] for r in ollama.REPLIES + ollama.PULLS)]
     )
     named = set(re.findall(r"settings\.(\w+)", said))
     assert {"OLLAMA_SECONDS", "OLLAMA_CONTEXT"} <= named and all(hasattr(settings, name) for name in named)
@@ -301,7 +342,7 @@ def test_the_settings_that_messages_name_can_be_set():
 def test_a_server_that_dies_is_said_with_its_last_line(port, program, monkeypatch):
     monkeypatch.setenv("STAND_IN_EXIT", "$HOME is not defined")
     server = Ollama()
-    refused(ollama.NoServer, f"ended with code 1|Error: $HOME is not defined|{ollama.LOG}", server.start)
+    refused(ollama.NoServer, f"ended with code 1|Error: $HOME is not defined|{log_of(port)}", server.start)
     assert server.process is None
 
 
@@ -350,7 +391,7 @@ def test_a_race_for_the_port_is_won_by_one_and_used_by_both(port, program, monke
     monkeypatch.setattr(server, "version", lambda: next(answers) if server.process is None else waited(server, real))
     try:
         assert server.start() is False and server.process is None
-        assert "address already in use" in ollama.LOG.read_text(encoding="utf-8")
+        assert "address already in use" in log_of(port).read_text(encoding="utf-8")
         server.stop()
         assert real() == VERSION
     finally:
@@ -381,16 +422,23 @@ def port_of(port):
     return f"127.0.0.1:{port}"
 
 
-def test_what_speaks_no_http_is_told_from_ollama(program):
+@pytest.mark.parametrize("greets", [True, False])
+def test_what_speaks_no_http_is_told_from_ollama(program, monkeypatch, greets):
+    monkeypatch.setattr(ollama, "PROBE_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(1)
 
-        def greet():
-            connection, _ = listener.accept()
-            with connection:
-                connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
-                connection.recv(1000)
+        def speak():
+            with suppress(TimeoutError):  # nobody connects any more
+                while True:
+                    connection, _ = listener.accept()
+                    with connection, suppress(ConnectionError):
+                        if greets:
+                            connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+                        if connection.recv(1000) and not greets:
+                            connection.sendall(b"-ERR unknown command\r\n")
 
-        thread = threading.Thread(target=greet)
+        thread = threading.Thread(target=speak)
         thread.start()
         refused(ollama.PortTaken, "is not Ollama", Ollama(f":{listener.getsockname()[1]}").start)
         thread.join()
@@ -405,18 +453,29 @@ def test_what_listens_in_silence_is_waited_for_and_then_said(program, monkeypatc
         assert time.monotonic() - begun >= 0.5 and server.process is None
 
 
-def test_one_that_another_has_just_started_is_waited_for(stand_in, monkeypatch, program):
+@pytest.mark.parametrize(
+    ("what", "first", "then"), [("version_delay", 60.0, 0.0), ("before", "shut", ""), ("before", "reset", "")]
+)
+def test_one_that_another_has_just_started_is_waited_for(stand_in, monkeypatch, program, what, first, then):
     monkeypatch.setattr(ollama, "PROBE_SECONDS", 0.1)
-    stand_in.version_delay = 60.0
-    threading.Timer(0.4, setattr, (stand_in, "version_delay", 0.0)).start()
+    setattr(stand_in, what, first)
+    refused(ollama.TooSlow, "is silent|Ollama starting", Ollama().start, seconds=0.1)
+    threading.Timer(0.4, setattr, (stand_in, what, then)).start()
     assert Ollama().start(seconds=10) is False
+
+
+@pytest.mark.parametrize("before", ["key", "moved"])
+def test_a_server_behind_something_is_asked_as_the_client_library_asks(stand_in, monkeypatch, before):
+    monkeypatch.setenv("OLLAMA_API_KEY", "secret")
+    stand_in.before = before
+    assert Ollama().version() == VERSION and Ollama().start() is False and MODEL in ollama.look().models
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1:11434", "https://127.0.0.1:{}", "127.0.0.1:{}/ollama"])
 def test_none_is_started_elsewhere_than_on_this_machine(port, program, monkeypatch, host):
     monkeypatch.setattr(ollama, "PROBE_SECONDS", 0.2)
     refused(ollama.NoServer, "No Ollama answers at|ollama serve|OLLAMA_HOST", Ollama(host.format(port)).start)
-    assert not ollama.LOG.exists()
+    assert not settings.RUNS.exists()
 
 
 def test_a_server_that_listens_everywhere_is_started_on_loopback_only(port, program, monkeypatch):
@@ -450,8 +509,8 @@ def test_the_doctor_says_what_holds_the_port(another_service, monkeypatch):
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-from helpers import ollama
-ollama.LOG = Path({log!r})
+from helpers import ollama, settings
+settings.RUNS = Path({runs!r})
 server = ollama.Ollama()
 print(server.start(), server.process.pid if server.process else 0, flush=True)
 {then}
@@ -463,12 +522,13 @@ ENDS = {
     "interrupt": "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)",
     "terminate": "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)",
     "terminal closed": "os.kill(os.getpid(), signal.SIGHUP); time.sleep(60)",
+    "ctrl-backslash": "os.kill(os.getpid(), signal.SIGQUIT); time.sleep(60)",
 }
 
 
 def run_child(then):
     """Run a process that starts Ollama; return what it printed."""
-    code = CHILD.format(log=str(ollama.LOG), then=then)
+    code = CHILD.format(runs=str(settings.RUNS), then=then)
     command = [sys.executable, "-c", code]
     return subprocess.run(command, cwd=settings.ROOT, capture_output=True, text=True, timeout=30)
 
@@ -479,6 +539,16 @@ def test_what_we_started_is_gone_when_this_process_is(port, program, how):
     started, pid = done.stdout.split()
     assert started == "True", done.stderr
     assert not alive(int(pid)) and Ollama().version() is None
+
+
+@pytest.mark.parametrize("then", ["server.stop()", ""])
+def test_ctrl_c_while_the_server_is_ended_leaves_nothing(port, program, monkeypatch, then):
+    """In `stop`, and in what runs at exit; the server ignores SIGTERM."""
+    monkeypatch.setenv("STAND_IN_STUBBORN", "1")
+    soon = "import subprocess; subprocess.Popen(['sh', '-c', f'sleep 1; kill -INT {os.getpid()}'])"
+    done = run_child(f"{soon}; ollama.STOP_SECONDS = 20; {then}")
+    assert "KeyboardInterrupt" in done.stderr
+    assert eventually(lambda: not alive(int(done.stdout.split()[1])))
 
 
 def test_a_fork_of_this_process_leaves_the_server_alone(port, program):
@@ -541,6 +611,21 @@ def test_a_missing_model_names_the_command_and_smaller_ones(stand_in):
     assert stand_in.asked("/api/pull") == []  # nothing is fetched unasked
 
 
+def test_a_model_of_which_nothing_is_known_has_no_smaller_one(stand_in):
+    message = refused(ollama.ModelMissing, "pull tinyllama:1.1b`", Ollama().require, "tinyllama:1.1b")
+    assert "smaller" not in message
+    refused(ollama.ModelMissing, "smaller model: qwen3:0.6b", Ollama().require, "library/qwen3:1.7b")
+    stand_in.chat = "memory"
+    assert "smaller" not in refused(ollama.OutOfMemory, "OLLAMA_CONTEXT.", Ollama().warm_up, "plain:1b", 512)
+
+
+def test_a_model_without_a_name_is_passed_over(stand_in, monkeypatch):
+    listed = {"models": [{"name": "x:latest", "digest": "d"}, {"model": "plain:1b", "digest": "e"}]}
+    monkeypatch.setattr(Handler, "tags", lambda handler: handler.reply(listed))
+    assert Ollama().models() == ("plain:1b",) and Ollama().require("plain:1b") == "e"
+    refused(ollama.ModelMissing, "has no x", Ollama().require, "x")
+
+
 class Bar:
     """What a progress bar was told."""
 
@@ -573,6 +658,13 @@ def test_pull_fetches_with_progress_only_when_told_to(stand_in, monkeypatch):
     assert len(stand_in.asked("/api/pull")) == 1  # what is there is not fetched again
 
 
+@pytest.mark.parametrize("library", ["library/", "registry.ollama.ai/library/"])
+def test_a_name_with_the_library_is_that_of_the_model(stand_in, library):
+    name, server = f"{library}qwen3:0.6b", Ollama()
+    assert server.require(name, pull=True) == server.require(name) == server.require("qwen3:0.6b")
+    assert len(stand_in.asked("/api/pull")) == 1 and ask(model=name).content
+
+
 def test_pull_can_be_quiet(stand_in, capfd):
     Ollama().pull("qwen3:0.6b", progress=False)
     assert capfd.readouterr() == ("", "")
@@ -596,8 +688,19 @@ def test_a_pull_that_breaks_off_is_said_and_goes_on_when_run_again(stand_in, how
     assert "qwen3:0.6b" in server.models()
 
 
-def test_a_model_that_is_in_no_library_is_said(stand_in):
-    refused(ollama.PullFailed, "no gtp-oss|https://ollama.com/library", Ollama().pull, "gtp-oss", progress=False)
+@pytest.mark.parametrize(
+    ("breaks", "name", "said"),
+    [
+        ("", "gtp-oss", "no gtp-oss|https://ollama.com/library"),
+        ("", "gpt oss", "no gpt oss|https://ollama.com/library"),
+        ("old", "qwen3:0.6b", "qwen3:0.6b needs a newer Ollama|https://ollama.com/download"),
+        ("full", "qwen3:0.6b", "no space left on device: free space there, then `ollama pull qwen3:0.6b` goes on"),
+    ],
+)
+def test_a_pull_that_must_fail_says_what_mends_it(stand_in, breaks, name, said):
+    stand_in.pull_breaks = breaks
+    message = refused(ollama.PullFailed, said, Ollama().pull, name, progress=False)
+    assert "where it stopped" not in message
 
 
 def test_a_pull_without_a_server_is_said(port):
@@ -828,12 +931,12 @@ RAISED = [
     (response('{"error": "model \\"x\\" not found, try pulling it first"}', 404), ollama.ModelMissing, "pull"),
     (response("404 page not found", 404), ollama.PortTaken, "is not Ollama"),
     (response('{"detail": "Not Found"}', 404), ollama.PortTaken, "is not Ollama"),
-    (response('{"error": "cudaMalloc failed: out of memory"}'), ollama.OutOfMemory, "smaller"),
+    (response('{"error": "cudaMalloc failed: out of memory"}'), ollama.OutOfMemory, "doesn't fit in memory"),
     (response('{"error": "unable to allocate CUDA0 buffer"}'), ollama.OutOfMemory, "lower settings.OLLAMA_CONTEXT"),
     (
         response('{"error": "model failed to load, this may be due to resource limitations or an internal error"}'),
         ollama.OutOfMemory,
-        "smaller",
+        "doesn't fit in memory",
     ),
     (
         response('{"error": "the prompt is longer than the context length currently available to the model"}', 400),
