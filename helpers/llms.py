@@ -250,7 +250,8 @@ class LLM:
                         yield chunk.content
         except Exception as error:
             raise ollama.explain(error, self.name.removeprefix("ollama:")) from error
-        ollama.check_final(metadata, text, self.count(messages), self.context)
+        served = _server(self.chat.base_url).served_context(self.chat.model)
+        ollama.check_final(metadata, text, self.count(messages), self.context, served)
 
     def warm_up(self) -> None:
         """Have Ollama load the model now rather than at the first question; others are loaded. Raises OllamaError."""

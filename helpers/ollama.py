@@ -295,6 +295,10 @@ class Ollama:
         """Return the models in memory: `model`, `size` and `size_vram` in bytes, `context_length` in tokens."""
         return list(self._ask("ps").models)
 
+    def served_context(self, name: str) -> int | None:
+        """Return the context of a model in memory, in tokens; None where it isn't there or the server doesn't say."""
+        return next((one.context_length for one in self.loaded() if _short(one.model or "") == _short(name)), None)
+
     def _ask(self, method: str, *name: str, seconds: float = 10.0, **options):
         try:
             return getattr(ollama.Client(self.url, **self._transport(seconds)), method)(*name, **options)
@@ -306,12 +310,19 @@ class Ollama:
         return {"timeout": (min(seconds, 5.0), seconds, seconds, seconds), "trust_env": not self._local}
 
 
-def check_final(metadata: dict, content: str, estimated_prompt_tokens: int, num_ctx: int) -> None:
-    """Raise BrokenStream, PromptCut or NoText if what came is no answer; `metadata` is its `response_metadata`."""
+def check_final(
+    metadata: dict, content: str, estimated_prompt_tokens: int, num_ctx: int, served: int | None = None
+) -> None:
+    """Raise BrokenStream, PromptCut or NoText if what came is no answer; `metadata` is its `response_metadata`.
+
+    `served`: the context that the model has in the server, in tokens, where that is known: what fits it isn't cut.
+    """
     read, asked = metadata.get("prompt_eval_count") or 0, estimated_prompt_tokens
     if not metadata.get("done"):
         raise BrokenStream("The answer ended without its last line: ask again.")
-    if read < READ_SHARE * asked:
+    # A cut leaves half of the context or all of it, by the server's version.
+    full = served is not None and read >= served - 1
+    if (served is None or served < asked) and (full or read < READ_SHARE * asked):
         less = "raise settings.OLLAMA_CONTEXT or give it fewer passages"
         mend = less if asked > READ_SHARE * num_ctx else "see CONTEXT in `ollama ps`, or update Ollama"
         raise PromptCut(f"Ollama read {read} of about {asked} tokens of the prompt (num_ctx is {num_ctx}): {mend}.")

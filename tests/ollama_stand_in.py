@@ -235,7 +235,8 @@ class Handler(BaseHTTPRequestHandler):
         expires = datetime.now(UTC) + timedelta(seconds=int(alive[1]) * seconds[alive[2]])
         size = self.stand_in.models[name]
         loaded = {"name": name, "model": name, "size": size, "digest": digest(name), "details": details(name)}
-        loaded |= {"expires_at": expires.isoformat(), "size_vram": size // 2, "context_length": context}
+        served = 8 if self.stand_in.chat == "cut" else context
+        loaded |= {"expires_at": expires.isoformat(), "size_vram": size // 2, "context_length": served}
         self.stand_in.loaded[name] = loaded
         return context
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 
 import httpx
 import ollama as client_library
@@ -822,6 +822,31 @@ def test_an_estimate_may_be_a_little_off():
     check_final(last, "Yes.", 500, 4096)
     with pytest.raises(ollama.PromptCut):
         check_final(last, "Yes.", 1500, 4096)
+
+
+@pytest.mark.parametrize(
+    ("read", "asked", "served", "cut"),
+    [
+        (861, 2025, 8192, False),  # a list of telephone numbers, three digits a token
+        (593, 1631, 8192, False),  # Russian
+        (0, 1631, 8192, False),  # the server had read it for the last question
+        (4096, 6935, 4096, True),  # servers that keep as much as fits
+        (2050, 6935, 4096, True),  # and those that keep half
+        (3900, 6935, 4096, False),  # the estimate was too high
+        (2050, 6935, None, True),
+    ],
+)
+def test_what_fits_the_context_that_is_served_is_not_cut(read, asked, served, cut):
+    last = {"done": True, "prompt_eval_count": read}
+    with pytest.raises(ollama.PromptCut) if cut else nullcontext():
+        check_final(last, "Yes.", asked, 8192, served)
+
+
+def test_the_context_that_is_served_is_that_of_the_model_in_memory(stand_in):
+    server = Ollama()
+    assert server.served_context(MODEL) is None
+    ask(num_ctx=1024)
+    assert server.served_context(MODEL) == 1024 and server.served_context("other:1b") is None
 
 
 def test_two_questions_at_once_are_both_answered(stand_in):
