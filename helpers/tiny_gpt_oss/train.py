@@ -14,12 +14,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GptOssConfig, GptOssForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -39,6 +39,7 @@ WARMUP, DECAY = 200, 0.35  # steps; share of all steps in which the learning rat
 POINT = 1.0
 WINDOW = 128  # tokens that sliding layers see
 CHECKPOINT, EVALUATE, LOG = 1000, 1000, 50  # every so many steps
+UNSAVED = 600  # seconds: on a CPU 1000 steps are hours, and a kill would lose them
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -163,13 +164,19 @@ def prepare(folder: Path, weights: Path | None = None) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     own = folder / "tokenizer.json"
-    if not own.exists() and weights:
-        for name in FILES:
-            shutil.copy(weights / name, folder)
-    elif not own.exists():
-        tokenizer.make(SEED).save_pretrained(folder)
-    elif weights and own.read_bytes() != (weights / own.name).read_bytes():
+    if weights and own.exists() and own.read_bytes() != (weights / own.name).read_bytes():
         raise SystemExit(f"{folder} holds a run with another tokenizer: go on in a folder of its own, by --folder.")
+    if all((folder / name).exists() for name in FILES):
+        return
+    aside = folder / "tokenizer.partial"  # a kill may leave files missing in the folder, but none cut off
+    aside.mkdir(exist_ok=True)
+    if not weights:
+        tokenizer.make(SEED).save_pretrained(aside)
+    for name in FILES:
+        if weights:
+            shutil.copy(weights / name, aside)
+        os.replace(aside / name, folder / name)
+    shutil.rmtree(aside)
 
 
 class Recorded:
@@ -211,9 +218,8 @@ class Training:
         prepare(folder, weights)
         self.steps = sum(stage.steps for stage in stages)
         self.log = folder / "training_log.jsonl"
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = known = AutoTokenizer.from_pretrained(folder)
         torch.manual_seed(SEED)
-        known = self.tokenizer
         self.model = GptOssForCausalLM(config(len(known), known.pad_token_id, known.eos_token_id))
         if weights:
             self.model.load_state_dict(load_file(weights / "model.safetensors"))
@@ -233,6 +239,11 @@ class Training:
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         if (folder / "checkpoint.safetensors").exists():
             self.resume()
+
+    @cached_property
+    def recipe(self) -> dict[str, str]:
+        """Return what makes the batches; the curriculum takes a second to read, so only where it is asked for."""
+        return {"stages": repr(self.stages), "buckets": repr(self.buckets), "curriculum": fingerprint()}
 
     def stage(self, step: int) -> tuple[Stage, int]:
         """Return the stage of a step and how many steps it is into it."""
@@ -333,20 +344,29 @@ class Training:
                 }
         counters = {"step": str(self.step), "tokens": str(self.tokens), "seconds": f"{self.seconds:.1f}"}
         aside = self.folder / "checkpoint.partial"
-        save_file({name: value.clone() for name, value in tensors.items()}, aside, metadata=counters)
+        save_file({name: value.clone() for name, value in tensors.items()}, aside, metadata=counters | self.recipe)
         os.replace(aside, self.folder / "checkpoint.safetensors")
 
     def resume(self) -> None:
-        """Go on from the checkpoint; what the log says of later steps comes again."""
+        """Go on from the checkpoint, if it is whole and of this run; what the log says of later steps comes again."""
         path = self.folder / "checkpoint.safetensors"
-        tensors = load_file(path, device=self.device)
-        with safe_open(path, "pt") as file:
-            counters = file.metadata()
-        self.step, self.tokens = int(counters["step"]), int(counters["tokens"])
-        self.seconds = float(counters["seconds"])
-        lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True) if self.log.exists() else []
-        kept = "".join(line for line in lines if json.loads(line)["step"] <= self.step)
-        self.log.write_text(kept, encoding="utf-8")
+        try:
+            tensors = load_file(path, device=self.device)
+            with safe_open(path, "pt") as file:
+                saved = file.metadata()
+        except SafetensorError as error:
+            raise SystemExit(f"{path} is damaged: delete it to begin anew.") from error
+        other = [name for name, value in self.recipe.items() if saved.get(name) != value]
+        if other:
+            raise SystemExit(
+                f"The run in {self.folder} differs in {' and '.join(other)}: go on as it began (--go-on, --smaller, "
+                "curriculum), or begin another in a folder of its own, by --folder."
+            )
+        self.step, self.tokens, self.seconds = int(saved["step"]), int(saved["tokens"]), float(saved["seconds"])
+        lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
+        aside = self.folder / "training_log.partial"
+        aside.write_text("".join(f"{line}\n" for line in lines if _step(line) <= self.step), encoding="utf-8")
+        os.replace(aside, self.log)
         prefix = "model."
         self.model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         for kind, optimizer in self.optimizers.items():
@@ -359,27 +379,32 @@ class Training:
 
     def run(self, writers: Writers) -> None:
         """Train to the end."""
-        started = time.perf_counter() - self.seconds
-        total = torch.zeros(3, device=self.device)
+        started, saved = time.perf_counter() - self.seconds, self.seconds
+        total, summed = torch.zeros(3, device=self.device), 0
         jobs = list(self.jobs())
         for (bucket, _), batch in zip(jobs, writers.batches(jobs), strict=True):
             total += self.learn(bucket, batch)
+            summed += 1
             self.step += 1
             self.tokens += batch.ids.size
-            if self.step % LOG == 0 or self.step == self.steps:
-                means = (total / ((self.step - 1) % LOG + 1)).tolist()
-                total.zero_()
+            last = self.step == self.steps
+            log = last or self.step % LOG == 0
+            save = last or self.step % CHECKPOINT == 0 or time.perf_counter() - started - saved >= UNSAVED
+            if log or save:  # not at every step: reading the losses waits for the GPU
+                means = (total / summed).tolist()
                 if not math.isfinite(means[0]):
                     raise SystemExit(f"The loss is {means[0]} at step {self.step}: start again from the checkpoint.")
                 self.seconds = time.perf_counter() - started
+            if log:
+                total, summed = torch.zeros_like(total), 0
                 named = {name: round(mean, 3) for name, mean in zip(("loss", "pointing", "right"), means, strict=True)}
                 self.write(step=self.step, tokens=self.tokens, seconds=round(self.seconds), **named)
-            if self.step % EVALUATE == 0 or self.step == self.steps:
-                names = [name for name, _ in self.stage(self.step - 1)[0].buckets]
-                held_out = {name: self.accuracy(name, 6) for name in names}
+            if last or self.step % EVALUATE == 0:
+                held_out = {name: self.accuracy(name, 6) for name, _ in self.stage(self.step - 1)[0].buckets}
                 self.write(step=self.step, tokens=self.tokens, accuracy=held_out)
-            if self.step % CHECKPOINT == 0 or self.step == self.steps:
+            if save:
                 self.save()
+                saved = self.seconds
 
     def export(self, folder: Path) -> None:
         """Write the model as transformers loads it: 16-bit weights, configuration, tokenizer, and their hashes."""
@@ -393,15 +418,23 @@ class Training:
         (folder / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
 
 
+def _step(line: str) -> float:
+    """Return the step that a line of the log is of: past all where a kill or a full disk cut the line off."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Train, or go on training, and write the model into the run's folder."""
     parser = argparse.ArgumentParser(prog="python -m helpers.tiny_gpt_oss.train", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=RUN, help="where checkpoints, the log and the model go")
-    parser.add_argument(
-        "--smaller", type=int, default=1, help="divide the rows of every batch, 12 for a CPU (default 1)"
-    )
+    parser.add_argument("--smaller", type=int, default=1, help="divide every batch's rows, 12 for a CPU (default 1)")
     parser.add_argument("--go-on", action="store_true", help="the later stages alone, from the shipped weights")
     options = parser.parse_args(arguments)
+    if options.smaller < 1:
+        parser.error("--smaller divides the rows of every batch: give a whole number from 1 on.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stages = LATER_STAGES if options.go_on else (*STAGES, *LATER_STAGES)
     weights = settings.TINY_GPT_OSS if options.go_on else None
