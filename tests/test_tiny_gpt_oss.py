@@ -1,5 +1,6 @@
 """The recipe of the embedded model: its curriculum, its tokenizer, its batches and a training that is interrupted."""
 
+import hashlib
 import json
 import math
 import random
@@ -18,9 +19,20 @@ from helpers.evaluation import load_questions
 from helpers.generation import is_refusal, rag_messages
 from helpers.language import fold, stems
 from helpers.llms import PromptTooLong, check_weights, load_llm
-from helpers.tiny_gpt_oss import curriculum, optimizers, packing, prose, scenes, thesaurus, tokenizer, train, worlds
-from helpers.tiny_gpt_oss.batches import Bucket, Packer, Writers
-from helpers.tiny_gpt_oss.curriculum import REFUSAL, UNKNOWN, Shape, fingerprint, make_closed_book, make_example
+from helpers.tiny_gpt_oss import (
+    batches,
+    curriculum,
+    optimizers,
+    packing,
+    prose,
+    scenes,
+    thesaurus,
+    tokenizer,
+    train,
+    worlds,
+)
+from helpers.tiny_gpt_oss.batches import Bucket, Packer, Writers, fingerprint
+from helpers.tiny_gpt_oss.curriculum import REFUSAL, UNKNOWN, Shape, make_closed_book, make_example
 from helpers.tiny_gpt_oss.initialization import initialize
 from helpers.tiny_gpt_oss.measure import ONE, answered, cases, closed_book
 from helpers.tiny_gpt_oss.train import Stage, Training, model_config
@@ -184,6 +196,17 @@ def test_spanish_contracts_and_sentences_begin_with_a_capital():
     assert fill("el peso de {e} es {v}.", "es", "el horno", "3 kg") == "El peso del horno es 3 kg."
     assert fill("¿qué pasó a {e}?", "es", "el horno") == "¿Qué pasó al horno?"
     assert fill("{e} weighs {v}.", "en", "the oven", "3 kg") == "The oven weighs 3 kg."
+
+
+@pytest.mark.parametrize("changed", ["a file", "make_scenes", "make_prose"])
+def test_the_fingerprint_covers_worlds_scenes_and_prose(changed, tmp_path, monkeypatch):
+    before = fingerprint(2)
+    if changed == "a file":
+        (tmp_path / "prose.toml").write_text("[[passage]]", encoding="utf-8")
+        monkeypatch.setattr(batches, "FOLDER", tmp_path)
+    else:
+        monkeypatch.setattr(batches, changed, make_example)
+    assert fingerprint(2) != before and len(before) == 64
 
 
 @pytest.fixture(scope="module")
@@ -548,9 +571,16 @@ def test_the_shipped_model_reads_worlds_that_it_never_saw(tiny, language):
     assert all(is_refusal(case.text) for case in answered(tiny, closed_book(language), 8))
 
 
-def test_the_shipped_models_log_is_of_this_curriculum():
+def test_the_shipped_models_log_is_of_these_worlds():
+    """The hash in it is of worlds alone, as `fingerprint` was then. Prose has come since; the card says so."""
     *_, last = lines = [json.loads(line) for line in (settings.TINY_GPT_OSS / "training_log.jsonl").open()]
-    assert [line["curriculum"] for line in lines if "curriculum" in line][-1] == fingerprint()
+    digest = hashlib.sha256()
+    for number in range(200):
+        shape = Shape((1, 1 + number % 5), (60, 60 + number * 5), 4)
+        digest.update(repr(make_example(random.Random(number), LANGUAGES[number % 2], shape)).encode())
+    logged = [line["curriculum"] for line in lines if "curriculum" in line][-1]
+    card = (settings.TINY_GPT_OSS / "README.md").read_text(encoding="utf-8")
+    assert logged == digest.hexdigest() and logged in card and fingerprint() in card
     planned = sum(stage.steps for stage in (*train.STAGES, *train.LATER_STAGES))
     assert last["step"] == planned - 100  # the time was up
 

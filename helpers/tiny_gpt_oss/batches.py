@@ -4,6 +4,7 @@ Writing them takes longer than learning from them, so processes of their own wri
 batch, whoever writes it.
 """
 
+import hashlib
 import multiprocessing
 import random
 from collections import deque
@@ -24,11 +25,24 @@ from helpers.tiny_gpt_oss import packing, tokenizer
 from helpers.tiny_gpt_oss.curriculum import Example, Shape, Turn, make_closed_book, make_example
 from helpers.tiny_gpt_oss.prose import make_prose
 from helpers.tiny_gpt_oss.scenes import make_scenes
+from helpers.tiny_gpt_oss.worlds import FOLDER
 
 TEXT_LOSS = 0.08  # share of the tokens outside answers that are learnt: drawn anew for each batch
 ANSWER = 20  # tokens of an answer, at the most and on the average of a batch
 CLOSED_BOOK = 0.05  # share of rows without passages
 _MARK = "\x00"
+
+
+def fingerprint(examples: int = 100) -> str:
+    """Return a sha256 of the curriculum: of its files, and of the first examples that the code makes of them."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in FOLDER.rglob("*") if path.is_file()):
+        digest.update(path.read_bytes())
+    shape = Shape((1, 3), (200, 1000), 4)
+    for make in (make_example, make_scenes, make_prose):
+        for number in range(examples):
+            digest.update(repr(make(random.Random(number), ("en", "es")[number % 2], shape)).encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

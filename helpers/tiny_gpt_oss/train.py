@@ -27,8 +27,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 
 from helpers import settings
 from helpers.tiny_gpt_oss import optimizers, packing, tokenizer
-from helpers.tiny_gpt_oss.batches import Batch, Bucket, Packer, Writers
-from helpers.tiny_gpt_oss.curriculum import Shape, fingerprint
+from helpers.tiny_gpt_oss.batches import Batch, Bucket, Packer, Writers, fingerprint
+from helpers.tiny_gpt_oss.curriculum import Shape
 from helpers.tiny_gpt_oss.initialization import ROPE, initialize
 
 RUN = settings.RUNS / "tiny_gpt_oss"
