@@ -10,11 +10,11 @@ from helpers.comparison import Arm, reply
 from helpers.generation import Answer, answer, passages_of
 from helpers.language import detect_language
 from helpers.llms import LLM
-from helpers.ollama import OllamaError
 from helpers.plots import COLORS
 from helpers.retrieval import Retriever
 from helpers.storage import IndexRefused
 
+FAILURES = (OSError, ValueError, RuntimeError, IndexRefused)  # an Ollama that fails is a RuntimeError
 COLUMN = "vertical-align:top;text-align:left;padding:8px;white-space:normal"  # a cell of a table of answers
 
 
@@ -110,7 +110,7 @@ def ask_box(retriever: Retriever, llm: LLM | str):
         try:
             given = answer(question, retriever, llm, stream=show)
             view.value = answer_html(question, given.text, given)
-        except (OSError, ValueError, RuntimeError, IndexRefused) as error:
+        except FAILURES as error:
             view.value = f"<p>{escape(str(error))}</p>"
 
     field.observe(ask, names="value")
@@ -187,7 +187,7 @@ def arms_panel(arms: Sequence[Arm], questions: Sequence[str]):
         for arm in arms:
             try:
                 answers[arm.name] = reply(arm, question, detect_language(question))
-            except (OllamaError, OSError, ValueError) as error:
+            except FAILURES as error:
                 answers[arm.name] = Answer(str(error), (), (), True, {"retrieve": 0.0, "answer": 0.0})
             view.value = arms_html(question, answers)
 

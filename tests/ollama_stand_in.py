@@ -356,7 +356,7 @@ TOO_OLD = (
 )
 BREAKS = {
     "error": "max retries exceeded: EOF",
-    "full": "write /root/.ollama/models/blobs/sha256-0f-partial-0: no space left on device",
+    "full": "write sha256-0f-partial-0: no space left on device",
 }
 WRONG_LINES = {
     "error": {"error": "an error was encountered while running the model: unexpected EOF"},

@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig, GptOssForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssForCausalLM
 
 from helpers import settings
 from helpers.chunking import load_documents
 from helpers.evaluation import load_questions
 from helpers.generation import is_refusal, rag_messages
 from helpers.language import fold, stems
-from helpers.llms import PromptTooLong, check_weights, load_llm
+from helpers.llms import PromptTooLong, load_llm
 from helpers.tiny_gpt_oss import (
     batches,
     curriculum,
-    optimizers,
     packing,
     prose,
     scenes,
@@ -31,7 +30,7 @@ from helpers.tiny_gpt_oss import (
     train,
     worlds,
 )
-from helpers.tiny_gpt_oss.batches import Bucket, Packer, Writers, fingerprint
+from helpers.tiny_gpt_oss.batches import Bucket, Packer, fingerprint
 from helpers.tiny_gpt_oss.curriculum import REFUSAL, UNKNOWN, Shape, make_closed_book, make_example
 from helpers.tiny_gpt_oss.initialization import initialize
 from helpers.tiny_gpt_oss.measure import ONE, answered, cases, closed_book
@@ -444,71 +443,6 @@ def test_what_a_step_takes_fits_a_fixed_number_of_places(reader):
         assert len(places) == len(targets) == most and abs(weights.sum().item() - 1) < 1e-5
         assert set(np.flatnonzero(batch.answers)) <= set(used.tolist()) <= set(np.flatnonzero(batch.learnt))
         assert torch.equal(targets, ids.roll(-1, 1).flatten()[places])
-
-
-def small_config(*sizes):
-    """Return the shipped architecture narrow and with two layers: Muon takes seconds a layer on some CPUs."""
-    changed = {"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 64, "layer_types": None}
-    return GptOssConfig(**model_config(*sizes).to_dict() | changed)
-
-
-def test_an_interrupted_training_goes_on_with_the_same_next_batch(tmp_path, monkeypatch, reader):
-    monkeypatch.setattr(train, "CHECKPOINT", 2)
-    monkeypatch.setattr(train, "initialize", lambda model, tokenizer: None)  # seconds each time, and tested above
-    monkeypatch.setattr(train, "BUCKETS", {"few": Bucket(Shape((1, 1), (60, 120), 2), 2, 144)})
-    stages = (Stage(4, 1e-3, (("few", 1.0),)),)
-    for name in ("whole", "stopped"):
-        (tmp_path / name).mkdir()
-        reader.save_pretrained(tmp_path / name)
-    with Writers(tmp_path / "whole", train.WINDOW, 1) as writers:
-        whole = Training(tmp_path / "whole", stages, config=small_config)
-        whole.run(writers)
-        stopped = Training(tmp_path / "stopped", stages, config=small_config)
-        learn, seen = stopped.learn, []
-
-        def until_the_third(bucket, batch):
-            seen.append(batch)
-            if len(seen) == 4:  # after the checkpoint at 2, a step is lost
-                raise KeyboardInterrupt
-            return learn(bucket, batch)
-
-        stopped.learn = until_the_third
-        with pytest.raises(KeyboardInterrupt):
-            stopped.run(writers)
-        resumed = Training(tmp_path / "stopped", stages, config=small_config)
-        following = next(writers.batches(resumed.jobs()))
-        assert resumed.step == 2 and np.array_equal(following.ids, seen[2].ids)
-        resumed.run(writers)
-    steps = [json.loads(line)["step"] for line in resumed.log.read_text().splitlines()]
-    assert steps == sorted(steps)
-    for (name, weight), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
-        assert torch.allclose(weight, other, atol=1e-6), name
-    whole.export(tmp_path / "model")
-    loaded = GptOssForCausalLM.from_pretrained(tmp_path / "model")
-    assert loaded.dtype == torch.bfloat16 and not loaded.config.tie_word_embeddings
-    check_weights(tmp_path / "model")
-
-
-def test_each_weight_belongs_to_one_optimizer_and_experts_change_where_they_are():
-    torch.manual_seed(0)
-    model = GptOssForCausalLM(small_config(4096, 0, 5))
-    model.lm_head.weight = model.model.embed_tokens.weight
-    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    for weight in model.parameters():
-        weight.grad = torch.zeros_like(weight)
-    made = optimizers.make(model, 1e-3)
-    parts = [part for kind in made.values() for group in kind.param_groups for part in group["params"]]
-    assert sum(part.numel() for part in parts) == sum(weight.numel() for weight in before.values())
-    for weight in model.parameters():  # in place: an expert's gradient is a part of its layer's
-        weight.grad.copy_(torch.randn_like(weight))
-    for kind in made.values():
-        kind.step()
-    for name, weight in model.named_parameters():
-        assert not torch.equal(weight, before[name]), name
-    name = "model.layers.0.mlp.experts.down_proj"
-    for step in model.get_parameter(name).detach() - before[name] * (1 - 1e-3 * optimizers.WEIGHT_DECAY):
-        lengths = torch.linalg.svdvals(step)  # of one expert, in every direction
-        assert lengths.max() < 3 * lengths.min()
 
 
 def test_going_on_from_weights_keeps_their_tokenizer_and_starts_where_they_ended(tmp_path, monkeypatch):

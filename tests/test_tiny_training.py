@@ -12,7 +12,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from helpers import settings
 from helpers.llms import check_weights
-from helpers.tiny_gpt_oss import tokenizer, train
+from helpers.tiny_gpt_oss import optimizers, tokenizer, train
 from helpers.tiny_gpt_oss.batches import Bucket, Packer
 from helpers.tiny_gpt_oss.curriculum import Shape
 from helpers.tiny_gpt_oss.train import Stage, Training
@@ -47,6 +47,61 @@ def folder(tmp_path):
 
 def make(folder, **changed):
     return Training(folder, **{"stages": STAGES, "config": narrow} | changed)
+
+
+def test_an_interrupted_training_goes_on_with_the_same_next_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHECKPOINT", 2)
+    for name in ("whole", "stopped"):
+        train.prepare(tmp_path / name, settings.TINY_GPT_OSS)
+    with train.Writers(tmp_path / "whole", train.WINDOW, 1) as writers:
+        whole = make(tmp_path / "whole")
+        whole.run(writers)
+        stopped = make(tmp_path / "stopped")
+        learn, seen = stopped.learn, []
+
+        def until_the_third(bucket, batch):
+            seen.append(batch)
+            if len(seen) == 4:  # after the checkpoint at 2, a step is lost
+                raise KeyboardInterrupt
+            return learn(bucket, batch)
+
+        stopped.learn = until_the_third
+        with pytest.raises(KeyboardInterrupt):
+            stopped.run(writers)
+        resumed = make(tmp_path / "stopped")
+        following = next(writers.batches(resumed.jobs()))
+        assert resumed.step == 2 and np.array_equal(following.ids, seen[2].ids)
+        resumed.run(writers)
+    steps = [json.loads(line)["step"] for line in resumed.log.read_text().splitlines()]
+    assert steps == sorted(steps)
+    for (name, weight), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.allclose(weight, other, atol=1e-6), name
+    whole.export(tmp_path / "model")
+    loaded = GptOssForCausalLM.from_pretrained(tmp_path / "model")
+    assert loaded.dtype == torch.bfloat16 and not loaded.config.tie_word_embeddings
+    check_weights(tmp_path / "model")
+
+
+def test_each_weight_belongs_to_one_optimizer_and_experts_change_where_they_are():
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(narrow(4096, 0, 5))
+    model.lm_head.weight = model.model.embed_tokens.weight
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    made = optimizers.make(model, 1e-3)
+    parts = [part for kind in made.values() for group in kind.param_groups for part in group["params"]]
+    assert sum(part.numel() for part in parts) == sum(weight.numel() for weight in before.values())
+    for weight in model.parameters():  # in place: an expert's gradient is a part of its layer's
+        weight.grad.copy_(torch.randn_like(weight))
+    for kind in made.values():
+        kind.step()
+    for name, weight in model.named_parameters():
+        assert not torch.equal(weight, before[name]), name
+    name = "model.layers.0.mlp.experts.down_proj"
+    for step in model.get_parameter(name).detach() - before[name] * (1 - 1e-3 * optimizers.WEIGHT_DECAY):
+        lengths = torch.linalg.svdvals(step)  # of one expert, in every direction
+        assert lengths.max() < 3 * lengths.min()
 
 
 def logged(folder):

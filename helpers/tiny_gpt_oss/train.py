@@ -441,7 +441,8 @@ def main(arguments: list[str] | None = None) -> None:
     prepare(options.folder, weights)
     with Writers(options.folder, WINDOW, max(1, settings.machine().cores - 1)) as writers:
         training = Training(options.folder, stages, device, smaller=options.smaller, weights=weights)
-        training.write(curriculum=fingerprint(), torch=torch.__version__, device=device, step=training.step)
+        made = training.recipe["curriculum"]
+        training.write(curriculum=made, torch=torch.__version__, device=device, step=training.step)
         training.run(writers)
     training.export(options.folder / "model")
 
