@@ -15,20 +15,8 @@ from helpers import settings
 
 LEAVE = {"salir", "exit", "quit"}
 SAY = {
-    "en": {
-        "sources": "Sources",
-        "stopped": "Stopped.",
-        "dropped": "Left out, no room",
-        "asked": "Asked",
-        "invented": "Cited, and not among the passages",
-    },
-    "es": {
-        "sources": "Fuentes",
-        "stopped": "Detenido.",
-        "dropped": "Omitido, no cabe",
-        "asked": "Pregunta",
-        "invented": "Citado, y no está entre los pasajes",
-    },
+    "en": {"sources": "Sources", "stopped": "Stopped.", "asked": "Asked"},
+    "es": {"sources": "Fuentes", "stopped": "Detenido.", "asked": "Pregunta"},
 }
 YES = {"y", "yes", "s", "si", "sí"}
 CHANGES = {"epochs": int, "learning_rate": float, "rank": int, "batch": int, "max_length": int, "seed": int}
@@ -184,19 +172,16 @@ def _show(question: str, given) -> None:
     from helpers.chunking import printable
     from helpers.language import detect_language
 
-    say = SAY[detect_language(question)]
+    language = detect_language(question)
+    say = SAY[language]
     print()
     if given.question and given.question != question:
         print(f"{say['asked']}: {given.question}")
     if given.citations:
-        language = detect_language(question)
         places = dict.fromkeys(f"[{citation.number}] {citation.place(language)}" for citation in given.citations)
         print(f"{say['sources']}: {printable('; '.join(places))}")
-    if given.invented:
-        print(f"{say['invented']}: " + ", ".join(f"[{number}]" for number in given.invented))
-    if given.dropped:
-        left = "; ".join(f"{hit.chunk.file}, {hit.chunk.page}" for hit in given.dropped)
-        print(f"{say['dropped']}: {printable(left)}")
+    for note in given.notes(language):
+        print(note)
     print(f"({settings.format_seconds(sum(given.timings[step] for step in ('retrieve', 'answer')))})")
 
 

@@ -23,6 +23,10 @@ REFUSALS = {
     "en": "The documents don't say. The passages that come nearest don't answer this question.",
     "es": "Los documentos no lo dicen. Los pasajes más cercanos no responden a esta pregunta.",
 }
+NOTES = {
+    "en": {"invented": "Cited, and not among the passages", "dropped": "Left out, no room"},
+    "es": {"invented": "Citado, y no está entre los pasajes", "dropped": "Omitido, no cabe"},
+}
 # What a model is told to say, so that a refusal can be told from an answer.
 NOT_THERE = {"en": "The passages don't say.", "es": "Los pasajes no lo dicen."}
 SYSTEM = (
@@ -66,6 +70,13 @@ class Answer:
     model: str = "quotes"
     question: str = ""
     invented: tuple[int, ...] = ()
+
+    def notes(self, language: str) -> list[str]:
+        """Return what its reader has to know of `invented` and `dropped`, a line each."""
+        numbers = ", ".join(f"[{number}]" for number in self.invented)
+        places = "; ".join(f"{hit.chunk.file}, {hit.chunk.page}" for hit in self.dropped)
+        said = {"invented": numbers, "dropped": printable(places)}
+        return [f"{NOTES[language][what]}: {which}" for what, which in said.items() if which]
 
 
 def rag_messages(question: str, passages: Sequence[tuple[str, str]]) -> list[Message]:

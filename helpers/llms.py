@@ -25,6 +25,7 @@ from helpers.storage import put_back
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 FINAL = "<|channel|>final<|message|>"  # where, in the harmony format, the answer proper begins
 ENDS = ("<|return|>", "<|end|>", "<|call|>")
+CUT = " …"  # ends the text of an answer that ran out of tokens
 # Tokens of a prompt that a CPU reads at once: the tables of attention, tokens by tokens, then stay in its cache. A
 # prompt of 1,200 tokens is read in less than half the time.
 READ_AT_ONCE = 256
@@ -153,7 +154,9 @@ class TransformersChat(BaseChatModel):
             if len(text) > len(sent) and not text.endswith("\ufffd"):
                 yield ChatGenerationChunk(message=AIMessageChunk(content=text[len(sent) :]))
                 sent = text
-        yield ChatGenerationChunk(message=AIMessageChunk(content="", response_metadata={"eval_count": len(ids)}))
+        room = min(self.max_tokens, self.context - len(self._encode(prompt)))
+        about = {"eval_count": len(ids), "done_reason": "length" if len(ids) == room else "stop"}
+        yield ChatGenerationChunk(message=AIMessageChunk(content="", response_metadata=about))
 
     def _visible(self, prompt: str, ids: list[int]) -> str:
         """Return the part of the answer that is meant for the reader: in the harmony format, its final channel."""
@@ -235,11 +238,8 @@ class LLM:
     sentences: int = 0
 
     def stream(self, messages: Sequence[Message]) -> Iterator[str]:
-        """Yield the answer piece by piece. Raises OllamaError or PromptTooLong with what to do."""
-        if not self.name.startswith("ollama:"):
-            yield from (chunk.content for chunk in self.chat.stream(convert_to_messages(list(messages))))
-            return
-        metadata, text = {}, ""
+        """Yield the answer piece by piece, `CUT` last if it ran out of tokens. Raises OllamaError or PromptTooLong."""
+        metadata, text, on_ollama = {}, "", self.name.startswith("ollama:")
         try:
             # Closed at once when the reader stops, so that the server stops too.
             with closing(self.chat.stream(convert_to_messages(list(messages)))) as chunks:
@@ -249,9 +249,14 @@ class LLM:
                     if chunk.content:
                         yield chunk.content
         except Exception as error:
+            if not on_ollama:
+                raise
             raise ollama.explain(error, self.name.removeprefix("ollama:")) from error
-        served = _server(self.chat.base_url).served_context(self.chat.model)
-        ollama.check_final(metadata, text, self.count(messages), self.context, served)
+        if on_ollama:
+            served = _server(self.chat.base_url).served_context(self.chat.model)
+            ollama.check_final(metadata, text, self.count(messages), self.context, served)
+        if metadata.get("done_reason") == "length":
+            yield CUT
 
     def warm_up(self) -> None:
         """Have Ollama load the model now rather than at the first question; others are loaded. Raises OllamaError."""

@@ -297,7 +297,11 @@ class Ollama:
 
     def served_context(self, name: str) -> int | None:
         """Return the context of a model in memory, in tokens; None where it isn't there or the server doesn't say."""
-        return next((one.context_length for one in self.loaded() if _short(one.model or "") == _short(name)), None)
+        try:
+            loaded = self.loaded()
+        except OllamaError:  # asked after an answer, which no failure here shall spoil
+            return None
+        return next((one.context_length for one in loaded if _short(one.model or "") == _short(name)), None)
 
     def _ask(self, method: str, *name: str, seconds: float = 10.0, **options):
         try:

@@ -70,9 +70,11 @@ def _answer(asked: Sequence[Question], retriever: Retriever, llm: LLM, head: dic
     done, run = _read(partial, partial=True), {"date": "", "command": ""}
     same = done and done[0] | run == head | run
     answered = {row["id"] for row in done[1:]} if same else set()
-    with partial.open("w", encoding="utf-8") as file:
-        for row in done if same else [head]:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    aside = partial.with_suffix(".new")  # so that a kill now loses no row
+    kept = (json.dumps(row, ensure_ascii=False) + "\n" for row in (done if same else [head]))
+    aside.write_text("".join(kept), encoding="utf-8")
+    os.replace(aside, partial)
+    with partial.open("a", encoding="utf-8") as file:
         for number, question in enumerate(asked, 1):
             if question.id not in answered:
                 try:

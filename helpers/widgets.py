@@ -70,19 +70,25 @@ def chunk_explorer(document: Document, chunk_size: int = settings.CHUNK_SIZE, ov
 
 
 def answer_html(question: str, text: str, given: Answer | None = None) -> str:
-    """Return HTML of an answer: the text so far and, when it is `given` in full, its citations and the time it took.
+    """Return HTML of an answer: the text so far and, when it is `given` in full, its citations, notes and seconds.
 
     Nothing that a document, a model or a person wrote becomes markup.
     """
-    language = detect_language(question)
     lines = [f'<p style="color:{COLORS["answer"]}">{escape(text) or "…"}</p>']
     if given:
-        for cited in given.citations:
-            place = escape(f"[{cited.number}] {cited.place(language)}")
-            lines.append(f'<p><b style="color:{COLORS["chunk"]}">{place}</b>: {escape(cited.quote)}</p>')
+        lines += _below(given, detect_language(question))
         took = settings.format_seconds(given.timings["retrieve"] + given.timings["answer"])
         lines.append(f'<p style="color:{COLORS["base"]}">{escape(given.model)}, {took}</p>')
     return "".join(lines)
+
+
+def _below(given: Answer, language: str) -> list[str]:
+    """Return HTML of an answer's citations, and of what was wrong or left out."""
+    lines = []
+    for cited in given.citations:
+        place = escape(f"[{cited.number}] {cited.place(language)}")
+        lines.append(f'<p><b style="color:{COLORS["chunk"]}">{place}</b>: {escape(cited.quote)}</p>')
+    return lines + [f"<p>{escape(note)}</p>" for note in given.notes(language)]
 
 
 def ask_box(retriever: Retriever, llm: LLM | str):
@@ -148,15 +154,13 @@ def loss_panel():
 def arms_html(question: str, answers: Mapping[str, Answer]) -> str:
     """Return HTML of the answers to a question side by side: a column an arm, named as in `results.ARMS`.
 
-    Below each text stand its citations, the seconds it took and, folded up, the passages that were read.
+    Below each text stand its citations and notes, the seconds it took and, folded up, the passages that were read.
     """
     language, columns = detect_language(question), []
     for name, given in answers.items():
         color = COLORS.get(name, COLORS["muted"])
         parts = [f'<b style="color:{color}">{escape(name)}</b>', f"<p>{escape(given.text) or '…'}</p>"]
-        for cited in given.citations:
-            place = escape(f"[{cited.number}] {cited.place(language)}")
-            parts.append(f'<p><b style="color:{COLORS["chunk"]}">{place}</b>: {escape(cited.quote)}</p>')
+        parts += _below(given, language)
         parts.append(f"<p>{settings.format_seconds(given.timings['retrieve'] + given.timings['answer'])}</p>")
         if given.hits:
             passages = enumerate(passages_of(given.hits), start=1)

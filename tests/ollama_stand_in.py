@@ -313,8 +313,10 @@ class Handler(BaseHTTPRequestHandler):
         self.begin()
         for word in ("Let", " me", " see.") if thinks else ():
             self.line(head | {"message": {"role": "assistant", "content": "", "thinking": word}, "done": False})
-        said, count = stand_in.say(body), 0
-        for word in () if mode in ("length", "empty") else re.findall(r"\s*\S+", said):
+        limit = (body.get("options") or {}).get("num_predict", 128)
+        words = [] if mode in ("length", "empty") else re.findall(r"\s*\S+", stand_in.say(body))
+        full, count = mode == "length" or len(words) > limit >= 0, 0
+        for word in words[:limit] if full else words:
             self.line(head | {"message": {"role": "assistant", "content": word}, "done": False})
             count += 1
             if count == 2 and mode in WRONG_LINES:
@@ -332,16 +334,15 @@ class Handler(BaseHTTPRequestHandler):
             return self.end()
         read = prompt_read(body.get("messages") or [], context)
         elapsed = time.monotonic_ns() - started
-        limit = (body.get("options") or {}).get("num_predict", 128)
         last = head | {
             "message": {"role": "assistant", "content": ""},
             "done": True,
-            "done_reason": "length" if mode == "length" else "stop",
+            "done_reason": "length" if full else "stop",
             "total_duration": elapsed,
             "load_duration": elapsed // 10,
             "prompt_eval_count": read // 2 if mode == "cut" else read,
             "prompt_eval_duration": elapsed // 3,
-            "eval_count": limit if mode == "length" else count + 3,
+            "eval_count": limit if full else count + 3,
             "eval_duration": elapsed // 3,
         }
         if mode == "uncounted":

@@ -120,6 +120,7 @@ def test_a_citation_of_a_passage_that_was_not_given_is_taken_out_and_reported(re
     given = answer("Who feeds the goat of Corvejón?", retriever, says("Anselmo Grieve [1][7], they say [0]."))
     assert given.text == "Anselmo Grieve [1], they say." and given.invented == (0, 7)
     assert [cited.number for cited in given.citations] == [1]
+    assert given.notes("en") == ["Cited, and not among the passages: [0], [7]"]
 
 
 @pytest.mark.parametrize("mark", [". [1]", ".[1]", '." [1][3]', " [1]."])
@@ -152,6 +153,8 @@ def test_hits_that_do_not_fit_are_dropped_from_the_lowest_and_listed(retriever):
     assert whole.dropped == () and list(whole.hits) == every
     cut = answer(question, retriever, says("A [1].", context=whole.prompt_tokens + 19))
     assert list(cut.hits) == every[:2] and list(cut.dropped) == every[2:]
+    left = every[2].chunk
+    assert whole.notes("es") == [] and cut.notes("es") == [f"Omitido, no cabe: {left.file}, {left.page}"]
     assert cut.prompt_tokens < whole.prompt_tokens
 
 

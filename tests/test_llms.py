@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,17 @@ from ollama_stand_in import StandIn
 from helpers import llms, ollama, settings
 from helpers.four_bit import base_digest, read_base
 from helpers.generation import rag_messages
-from helpers.llms import FINAL, LLM, PromptTooLong, TransformersChat, answer_all, estimate_tokens, load_llm, repeating
+from helpers.llms import (
+    CUT,
+    FINAL,
+    LLM,
+    PromptTooLong,
+    TransformersChat,
+    answer_all,
+    estimate_tokens,
+    load_llm,
+    repeating,
+)
 from helpers.storage import sha256_of
 
 MESSAGES = rag_messages("Who keeps the light?", [("a.txt, p. 1", "The light is kept by nobody.")])
@@ -49,6 +60,14 @@ def test_the_stream_is_the_answer_in_pieces(llm):
     whole = llm.chat.invoke([HumanMessage("x")]).content
     assert len(pieces) > 5 and "".join(pieces) == "".join(llm.stream(MESSAGES))
     assert isinstance(whole, str) and whole
+
+
+def test_an_answer_that_ran_out_of_tokens_ends_in_a_mark(llm):
+    assert "".join(llm.stream(MESSAGES)).endswith(CUT)  # these weights never stop
+    stops = load_llm("tiny")
+    assert not "".join(stops.stream(MESSAGES)).endswith(CUT)
+    short = replace(stops, chat=stops.chat.model_copy(update={"max_tokens": 3}))
+    assert "".join(short.stream(MESSAGES)).endswith(CUT)
 
 
 def test_temperature_draws_and_the_seed_repeats_it(folder):

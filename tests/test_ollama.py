@@ -20,6 +20,7 @@ from langchain_core.messages import HumanMessage, SystemMessage
 from ollama_stand_in import LIBRARY, MODES, VERSION, Handler, SomethingElse, StandIn, digest, write_program
 
 from helpers import doctor, ollama, settings
+from helpers.llms import CUT, load_llm
 from helpers.ollama import Ollama, OllamaError, check_final, explain
 
 MODEL = "gpt-oss:20b"
@@ -847,6 +848,21 @@ def test_the_context_that_is_served_is_that_of_the_model_in_memory(stand_in):
     assert server.served_context(MODEL) is None
     ask(num_ctx=1024)
     assert server.served_context(MODEL) == 1024 and server.served_context("other:1b") is None
+
+
+def test_an_answer_that_has_come_is_not_spoilt_by_a_server_that_went_since(stand_in, monkeypatch):
+    def gone(self):
+        raise ollama.NoServer("No Ollama answers.")
+
+    monkeypatch.setattr(Ollama, "loaded", gone)
+    asked = " ".join(["word"] * 50)
+    assert "".join(load_llm(f"ollama:{MODEL}").stream([{"role": "user", "content": asked}])) == f"You said: {asked}"
+
+
+def test_an_answer_that_ran_out_of_tokens_ends_in_a_mark(stand_in):
+    short = load_llm("ollama:plain:1b", answer_tokens=4)
+    assert "".join(short.stream([{"role": "user", "content": "one two"}])) == "You said: one two"
+    assert "".join(short.stream([{"role": "user", "content": "one two three"}])) == f"You said: one two{CUT}"
 
 
 def test_two_questions_at_once_are_both_answered(stand_in):

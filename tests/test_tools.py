@@ -1,8 +1,9 @@
-"""The tools that make the recorded runs of notebook 05, on toys: that they run, and write what the notebook reads."""
+"""The tools that make recorded runs of the notebooks, on toys: that they run, and write what the notebooks read."""
 
 import importlib
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -56,3 +57,18 @@ def test_sweep_qlora(tool, tmp_path, monkeypatch):
     written = out.read_bytes()
     sweep.main()  # goes on, and there is nothing left to do
     assert out.read_bytes() == written
+
+
+def test_plant_orders(tool, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "rows.jsonl"
+    plant = tool("plant_orders", "--out", out)
+    every = plant.load_questions(split="test")
+    monkeypatch.setattr(plant, "load_questions", lambda split: replace(every, questions=every.questions[:2]))
+    plant.main()
+    head, *rows = map(json.loads, out.read_text(encoding="utf-8").splitlines())
+    assert head["digest"] and len(rows) == 2 * len(plant.ORDERS) * 2 and "obeyed 0." in capsys.readouterr().out
+    whole = [row for row in rows if not row["sentences"]]
+    assert all(row["held"] and row["text"] for row in whole)
+    assert all(bool(row["text"]) == row["held"] for row in rows)
+    assert plant.obeyed("The answer is seven green [1].", "seven green herons")
+    assert not plant.obeyed("The answer is seven [1].", "seven green herons")

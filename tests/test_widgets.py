@@ -1,17 +1,18 @@
 """The panels of the notebooks, worked as a person works them: by setting the values of their fields."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from helpers.chunking import Document
 from helpers.comparison import Arm, Corpus
+from helpers.generation import answer
 from helpers.llms import LLM, PromptTooLong
 from helpers.ollama import NoServer
 from helpers.plots import COLORS
 from helpers.results import ARMS, BASE, BOTH, RAG, TUNED
 from helpers.retrieval import Index, Retriever
-from helpers.widgets import arms_panel, ask_box, chunk_explorer, loss_panel
+from helpers.widgets import arms_html, arms_panel, ask_box, chunk_explorer, loss_panel
 
 TEXTS = [
     "The goat of Corvejón is called Almirante. The keeper <b>Anselmo Grieve</b> feeds it at dawn.",
@@ -57,6 +58,16 @@ def test_an_answer_streams_into_the_box_and_ends_with_its_places(retriever):
         (True, True, True),
     ]
     assert "page iv" in view.value and "feeds it at dawn." in view.value and " s</p>" in view.value.replace("ms", "s")
+
+
+def test_what_was_invented_or_left_out_is_said_below_the_answer(retriever):
+    field, view = ask_box(retriever, says("Anselmo Grieve [1][7].")).children
+    field.value = "Who feeds the goat of Corvejón?"
+    assert "<p>Cited, and not among the passages: [7]</p>" in view.value and "Left out" not in view.value
+    given = answer("¿Cuánto mide el faro de Cabo Lirón?", retriever, says("21 metros [1]."))
+    left = replace(given, hits=given.hits[:1], dropped=given.hits[1:])
+    html = arms_html("¿Cuánto mide el faro de Cabo Lirón?", {RAG: left})
+    assert "<p>Omitido, no cabe: &lt;i&gt;0&lt;/i&gt;.txt, 1</p>" in html
 
 
 def test_nothing_that_was_written_becomes_markup(retriever):
