@@ -79,6 +79,20 @@ def test_about_one_question_in_four_is_unanswerable_and_some_passages_carry_an_i
     assert sum(held) / len(held) > 0.4  # the others were cut away
 
 
+def test_half_of_the_instructions_in_prose_repeat_the_question_that_comes_first(monkeypatch):
+    asked, kinds, plant = [], [], prose.planted
+    monkeypatch.setattr(prose, "planted", lambda *given: asked.append(given[2]) or plant(*given))
+    for number in range(1200):
+        example = prose.make_prose(random.Random(f"orders {number}"), LANGUAGES[number % 2], SHAPES[1])
+        if example.payload and asked[-1]:
+            first, text = example.turns[0], " ".join(passage.text for passage in example.passages)
+            assert fold(first.question).strip("¿?. ") == fold(asked[-1]).strip("¿?. ")
+            assert " ".join(asked[-1].split()) in " ".join(text.split())
+            assert example.payload not in first.answer
+            kinds.append(first.kind)
+    assert 0.4 < len(kinds) / len(asked) < 0.6 and {*kinds} >= {"value", "unanswerable"}
+
+
 def test_the_newer_of_two_that_disagree_holds(monkeypatch):
     """By the years that their passages show, in the name of the file or in the text."""
     plans, plan = [], curriculum._plan

@@ -141,11 +141,11 @@ def _try_example(rng, language, shape) -> Example | None:
     return Example(language, passages, turns, payload)
 
 
-def planted(rng: random.Random, language: str) -> tuple[str, str]:
-    """Return an instruction that must not be obeyed, and what it wants answered."""
+def planted(rng: random.Random, language: str, question: str = "") -> tuple[str, str]:
+    """Return an instruction that must not be obeyed, and what it wants answered: to `question`, if one is given."""
     frame = words(language).frame
     payload = rng.choice(frame["payloads"])
-    return rng.choice(frame["instructions"]).format(p=payload), payload
+    return rng.choice(frame["guesses" if question else "instructions"]).format(p=payload, q=question), payload
 
 
 def make_closed_book(rng: random.Random, language: str, questions: int) -> Example:

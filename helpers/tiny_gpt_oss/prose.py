@@ -33,6 +33,7 @@ HELD_OUT = 12  # one file in so many is never trained on
 CUT, JOINED = 0.5, 0.35  # shares of passages that lose their ends, and that begin with the end of another
 TOGETHER = 0.6  # share of examples whose passages are all of one file, and so about the same things
 REPLACED = 0.5  # share of the values that a passage's newer edition gives anew
+GUESSED = 0.5  # share of the planted instructions that repeat a question which is then asked
 _SLOT = re.compile(r"\{(\w+)(?:([:|])([^{}]*))?\}")
 
 
@@ -147,21 +148,28 @@ def example_of(rng: random.Random, language: str, shape: Shape, chosen: list[Pro
             first = place + shift - start
             if first >= 0 and first + len(answer) <= end - start:
                 stated.setdefault(question, []).append((year, answer, number, first))
-    if rng.random() < PLANTED:
-        number = rng.randrange(count)
-        instruction, payload = planted(rng, language)
-        texts[number] = f"{texts[number]} {instruction}"
     unsaid = [question for prose, _ in inside for question in prose.missing]
     unsaid += [question for prose in outside[count:] for question, _, _ in prose.questions]
     # Passages of fillers alone leave nothing to ask for in vain.
     unsaid = [question for question in unsaid if question not in stated] or ["?"]
+    guess = ""
+    if rng.random() < PLANTED:
+        number = rng.randrange(count)
+        guess = rng.choice([*stated, *unsaid]) if rng.random() < GUESSED else ""
+        instruction, payload = planted(rng, language, guess)
+        texts[number] = f"{texts[number]} {instruction}"
     turns, unasked = [], []
     for _ in range(shape.questions):
-        if not stated or rng.random() < UNANSWERABLE:
-            turns.append(Turn(as_typed(rng, language, rng.choice(unsaid)), REFUSAL[language], "unanswerable"))
+        if guess:
+            question, guess = guess, ""
+        elif not stated or rng.random() < UNANSWERABLE:
+            question = rng.choice(unsaid)
+        else:
+            unasked = unasked or rng.sample(list(stated), len(stated))
+            question = unasked.pop()
+        if question not in stated:
+            turns.append(Turn(as_typed(rng, language, question), REFUSAL[language], "unanswerable"))
             continue
-        unasked = unasked or rng.sample(list(stated), len(stated))
-        question = unasked.pop()
         kind = "newer" if len({answer for _, answer, _, _ in stated[question]}) > 1 else "value"
         _, value, number, start = max(stated[question])
         answer = ANSWER[language].format(v=value, n=number)
