@@ -190,7 +190,7 @@ def _without_repeats(length: int, no_repeat: int, ids, scores):
 def answer_all(chat: TransformersChat, talks: Sequence[Sequence[Message]], batch: int = 16) -> list[str]:
     """Return the likeliest answer to each of many conversations, `batch` at a time: far sooner than one by one.
 
-    Raises PromptTooLong before the first is asked.
+    They are as the model said them: without `CUT`. Raises PromptTooLong before the first is asked.
     """
     import torch
 

@@ -344,11 +344,12 @@ def test_load_llm_answers_with_it(trained, base):
 
 
 def test_many_are_answered_as_one_by_one(trained):
-    from helpers.llms import answer_all, load_llm
+    from helpers.llms import CUT, answer_all, load_llm
 
     llm = load_llm(f"hf:{trained[0].folder}", answer_tokens=12)
     talks = [[{"role": "user", "content": text}] for text in ("What?", "Say the colour of rope?", "What is an oar?")]
-    assert answer_all(llm.chat, talks, batch=2) == ["".join(llm.stream(talk)).strip() for talk in talks]
+    one_by_one = ["".join(llm.stream(talk)).removesuffix(CUT).strip() for talk in talks]
+    assert answer_all(llm.chat, talks, batch=2) == one_by_one
 
 
 def test_the_same_load_again_frees_the_first_and_nothing_else(trained, base):
