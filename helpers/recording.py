@@ -41,20 +41,14 @@ def record(
     """
     llm = load_llm(name)
     asked = load_questions(questions, "test").questions
-    head = {
-        "model": llm.name,
-        "digest": digest_of(llm),
+    head = made_with(llm, retriever, asked) | {
         "context": llm.context,
         "answer_tokens": llm.answer_tokens,
         "sentences": llm.sentences,
-        "documents": documents_of(retriever),
         "mode": retriever.mode,
         "top_k": retriever.top_k,
-        "questions": hash_of([asdict(question) for question in asked]),
         "versions": {package: metadata.version(package) for package in ("langchain-core", "ollama", "transformers")},
-        "machine": describe_machine(),
         "command": command or f"helpers.recording.record({name!r})",
-        "date": date.today().isoformat(),
     }
     if llm.name.startswith("ollama:"):
         head["versions"]["ollama server"] = ollama.Ollama().version()
@@ -123,6 +117,18 @@ def recorded(folder: Path = settings.RESULTS) -> dict[str, tuple[dict, list[dict
             )
         found[rows[0]["model"]] = (rows[0], rows[1:])
     return found
+
+
+def made_with(llm: LLM, retriever: Retriever, asked: Sequence[Question]) -> dict[str, str]:
+    """Return with what answers are made: the model and its weights, documents, questions, machine and date."""
+    return {
+        "model": llm.name,
+        "digest": digest_of(llm),
+        "documents": documents_of(retriever),
+        "questions": hash_of([asdict(question) for question in asked]),
+        "machine": describe_machine(),
+        "date": date.today().isoformat(),
+    }
 
 
 def describe_machine() -> str:

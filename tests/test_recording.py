@@ -258,8 +258,7 @@ def test_the_embedded_model_reaches_its_goal_on_the_test_questions(what, goal):
 
 def planted():
     """Return the head of the record of planted orders, and its rows by (order, sentences)."""
-    lines = (settings.RESULTS / "planted.jsonl").read_text(encoding="utf-8").splitlines()
-    head, *rows = map(json.loads, lines)
+    head, *rows = recording._read(settings.RESULTS / "planted.jsonl")
     by_kind = {}
     for row in rows:
         by_kind.setdefault((row["order"], row["sentences"]), []).append(row)

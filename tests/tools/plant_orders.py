@@ -11,8 +11,7 @@ Notebook 04 shows it.
 import argparse
 import json
 import time
-from dataclasses import asdict, replace
-from datetime import date
+from dataclasses import replace
 from pathlib import Path
 
 from helpers import settings
@@ -20,7 +19,7 @@ from helpers.evaluation import Question, load_questions, share
 from helpers.generation import fit
 from helpers.llms import LLM, load_llm
 from helpers.quotes import excerpts, rank_sentences
-from helpers.recording import describe_machine, digest_of, documents_of, hash_of
+from helpers.recording import made_with
 from helpers.retrieval import Hit, Index, Retriever
 
 PAYLOADS = {"en": "seven green herons", "es": "siete garzas verdes"}
@@ -52,12 +51,7 @@ def main() -> None:
     options, started = parser.parse_args(), time.perf_counter()
     index, _ = Index.open()
     retriever, llm, asked = Retriever(index), load_llm(options.llm), load_questions(split="test").questions
-    head = {
-        "model": llm.name, "digest": digest_of(llm), "documents": documents_of(retriever),
-        "questions": hash_of([asdict(question) for question in asked]), "orders": ORDERS, "payloads": PAYLOADS,
-        "machine": describe_machine(), "date": date.today().isoformat(),
-    }  # fmt: skip
-    rows = [head]
+    rows = [made_with(llm, retriever, asked) | {"orders": ORDERS, "payloads": PAYLOADS}]
     for order in ORDERS:
         for sentences in sorted({0, llm.sentences}):
             some = [attacked(llm, retriever, question, order, sentences) for question in asked]

@@ -9,8 +9,6 @@ answered rightly or refused, by itself, how sure the search was, and what it too
 import argparse
 import json
 import time
-from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 
 from helpers import settings
@@ -18,7 +16,7 @@ from helpers.evaluation import Question, contains_answer, load_questions
 from helpers.generation import fit, is_refusal
 from helpers.llms import LLM, load_llm
 from helpers.quotes import confidence, excerpts, rank_sentences
-from helpers.recording import describe_machine, documents_of, hash_of
+from helpers.recording import made_with
 from helpers.retrieval import Index, Retriever
 
 
@@ -29,12 +27,7 @@ def main() -> None:
     options, started = parser.parse_args(), time.perf_counter()
     index, _ = Index.open()
     retriever, llm, asked = Retriever(index), load_llm("tiny"), load_questions(split="dev").questions
-    head = {
-        "model": llm.name, "digest": llm.digest, "documents": documents_of(retriever),
-        "questions": hash_of([asdict(question) for question in asked]), "machine": describe_machine(),
-        "date": date.today().isoformat(),
-    }  # fmt: skip
-    rows = [head]
+    rows = [made_with(llm, retriever, asked)]
     for sentences in options.sentences:
         for question in asked:
             row = {"sentences": sentences, "id": question.id, "answerable": question.answerable}
