@@ -1,10 +1,5 @@
-"""Every notebook is run again, and its outputs are compared strictly with those in the file (nbval).
+"""`make test` compares the outputs of notebooks with those of a fresh run. Does that notice what it should?"""
 
-No GPU, float32 and one thread, so that the numbers are the same on every machine; times are masked.
-"""
-
-import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -17,40 +12,13 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from helpers.settings import ROOT, format_seconds
 
-_spec = importlib.util.spec_from_file_location("setup_cell", ROOT / "tests" / "tools" / "setup_cell.py")
-setup_cell = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(setup_cell)
-
-MASKS = "tests/nbval_sanitize.cfg"
-SAME_EVERYWHERE = {"CUDA_VISIBLE_DEVICES": "", "HELPERS_DTYPE": "float32", "HELPERS_LLM": "tiny"}
-SAME_EVERYWHERE |= {"OMP_NUM_THREADS": "1"}
-# A backend from outside would keep the figures out of the outputs.
-NOT_PASSED_ON = {"MPLBACKEND", "PYTEST_ADDOPTS"}
-SECONDS = 1200  # a notebook may take 3 minutes on two quiet cores; a busy machine is several times slower
-
 
 def compare(notebook: Path, *options: str) -> subprocess.CompletedProcess:
-    """Run a notebook under nbval in a process of its own; its exit status is 0 if all outputs are the same."""
-    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-sanitize-with", MASKS, "--nbval-cell-timeout", "900"]
-    environment = {name: value for name, value in os.environ.items() if name not in NOT_PASSED_ON} | SAME_EVERYWHERE
-    return subprocess.run(
-        [*command, "-p", "no:cacheprovider", "--color=no", *options, str(notebook)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    """Run a notebook under nbval with the project's options; the exit status is 0 if all outputs are the same."""
+    command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", f"--rootdir={notebook.parent}"]
+    command += ["-p", "no:cacheprovider", "--color=no", *options, notebook]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
-
-@pytest.mark.parametrize("notebook", setup_cell.notebooks(), ids=lambda path: path.name)
-def test_outputs_are_the_same(notebook):
-    done = compare(notebook)
-    tail = "\n".join((done.stdout + done.stderr).splitlines()[-60:])
-    assert done.returncode == 0, f"{notebook.relative_to(ROOT)} gives other outputs than it holds:\n{tail}"
-
-
-# The comparison bites: these cells, in this order, in a notebook of their own.
 
 CELLS = [
     # source, what it prints or shows, an altered form of it, and whether that is to be noticed
@@ -93,7 +61,7 @@ def notebook_of(folder: Path, altered: bool) -> Path:
 @pytest.mark.parametrize("altered", [False, True], ids=["as it ran", "altered"])
 def test_an_altered_output_is_noticed(tmp_path, altered):
     report = tmp_path / "report.xml"
-    done = compare(notebook_of(tmp_path, altered), f"--junit-xml={report}", f"--rootdir={tmp_path}")
+    done = compare(notebook_of(tmp_path, altered), f"--junit-xml={report}")
     cases = list(ElementTree.parse(report).iter("testcase"))
     assert len(cases) == len(CELLS), done.stdout
     noticed = [case.find("failure") is not None for case in cases]
@@ -106,7 +74,7 @@ def test_a_cell_that_fails_is_noticed(tmp_path):
     notebook = nbformat.read(path, as_version=4)
     notebook.cells = [new_code_cell("assert 1 == 2", execution_count=1, metadata={"tags": ["nbval-ignore-output"]})]
     nbformat.write(notebook, path)
-    assert compare(path, f"--rootdir={tmp_path}").returncode == 1
+    assert compare(path).returncode == 1
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.00042, 0.00999999, 0.01, 0.42, 9.5, 99.999, 100.0, 200.4, 3671.0])
@@ -114,6 +82,6 @@ def test_every_time_is_masked(seconds):
     from nbval.plugin import get_sanitize_patterns
 
     text = f"index  {format_seconds(seconds):>12} and {format_seconds(seconds)}, 0.42 of 3"
-    for pattern, mask in get_sanitize_patterns((ROOT / MASKS).read_text()):
+    for pattern, mask in get_sanitize_patterns((ROOT / "tests" / "nbval_sanitize.cfg").read_text()):
         text = re.sub(pattern, mask, text)
     assert text == "index<time>and<time>, 0.42 of 3"
