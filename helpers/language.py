@@ -48,12 +48,17 @@ def _stemmer(language: str):
 
 
 @lru_cache(maxsize=200_000)
-def _stem(word: str, language: str) -> str:
+def _stem(word: str, language: str) -> str | None:
+    """Return the stem of a word in lower case; None for a stop word."""
+    if fold(word) in stop_words(language):
+        return None
     return fold(_stemmer(language).stemWord(word))
 
 
 def fold(text: str) -> str:
     """Lower-case `text` and strip its accents: 'Señal' becomes 'senal'."""
+    if text.isascii():
+        return text.lower()
     decomposed = unicodedata.normalize("NFD", text.lower())
     return "".join(char for char in decomposed if not unicodedata.combining(char))
 
@@ -65,8 +70,7 @@ def words(text: str) -> list[str]:
 
 def stems(text: str, language: str) -> list[str]:
     """Return the Snowball stems of the words of `text`, in order, without stop words and accents."""
-    stop = stop_words(language)
-    return [_stem(word, language) for word in words(text) if fold(word) not in stop]
+    return [stem for word in words(text) if (stem := _stem(word, language)) is not None]
 
 
 def detect_language(text: str, default: str = "en") -> str:
@@ -74,9 +78,9 @@ def detect_language(text: str, default: str = "en") -> str:
 
     Only the first 20,000 characters are read. Letters that only Spanish has count like a stop word.
     """
-    sample = words(text[:20_000])
+    sample = [fold(word) for word in words(text[:20_000])]
     spanish_letters = sum(text[:20_000].lower().count(letter) for letter in "ñ¿¡")
-    counts = {lang: sum(fold(word) in _telling(lang) for word in sample) for lang in LANGUAGES}
+    counts = {lang: sum(word in _telling(lang) for word in sample) for lang in LANGUAGES}
     counts["es"] += spanish_letters
     if counts["en"] == counts["es"]:
         return default
