@@ -12,6 +12,7 @@ from dataclasses import asdict
 from datetime import date
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
 from helpers import ollama, settings
 from helpers.evaluation import Question, load_questions
@@ -22,6 +23,8 @@ from helpers.ollama import NoText, PromptCut
 from helpers.quotes import confidence, rank_sentences
 from helpers.retrieval import Hit, Retriever
 from helpers.storage import locked, sha256_of
+
+FAILURES = (NoText, PromptCut, PromptTooLong)  # of one question, which would come again: its row says so
 
 
 def record(
@@ -61,19 +64,13 @@ def record(
 
 def _answer(asked: Sequence[Question], retriever: Retriever, llm: LLM, head: dict, partial: Path, progress) -> None:
     """Write `head` and a row for each question to the file `partial`, after those that are there already."""
-    done, run = _read(partial, partial=True), {"date": "", "command": ""}
-    same = done and done[0] | run == head | run
-    answered = {row["id"] for row in done[1:]} if same else set()
-    aside = partial.with_suffix(".new")  # so that a kill now loses no row
-    kept = (json.dumps(row, ensure_ascii=False) + "\n" for row in (done if same else [head]))
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, partial)
+    answered = {row["id"] for row in taken_up(partial, head)}
     with partial.open("a", encoding="utf-8") as file:
         for number, question in enumerate(asked, 1):
             if question.id not in answered:
                 try:
                     given, failed = answer(question.question, retriever, llm), {}
-                except (NoText, PromptCut, PromptTooLong) as error:  # it would come again: the row says so
+                except FAILURES as error:
                     given, failed = Answer("", (), (), refused=False), {"error": str(error)}
                 row = failed | {
                     "id": question.id,
@@ -87,10 +84,30 @@ def _answer(asked: Sequence[Question], retriever: Retriever, llm: LLM, head: dic
                     "prompt_tokens": given.prompt_tokens,
                     "seconds": {step: round(seconds, 3) for step, seconds in given.timings.items()},
                 }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
+                add_row(file, row)
             if progress:
                 progress(number, len(asked))
+
+
+def taken_up(partial: Path, head: dict) -> list[dict]:
+    """Return the rows that a stopped run left in the file `partial`; none where its first line fits no more.
+
+    It fits if it is `head`, whatever the day and the command. The file is then ready for more rows.
+    """
+    done, run = _read(partial, partial=True), {"date": "", "command": ""}
+    begun = done if done and done[0] | run == head | run else [head]
+    aside = partial.with_suffix(".new")  # so that a kill now loses no row
+    with aside.open("w", encoding="utf-8") as file:
+        for row in begun:
+            add_row(file, row)
+    os.replace(aside, partial)
+    return begun[1:]
+
+
+def add_row(file: TextIO, row: dict) -> None:
+    """Write a row as a line of JSON, so that a kill can't lose it."""
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.flush()
 
 
 def _sure(question: Question, retriever: Retriever) -> float:

@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 
 from helpers import settings
+from helpers.llms import LLM
+from helpers.ollama import NoText
 
 pytestmark = pytest.mark.stress
 
@@ -70,5 +72,36 @@ def test_plant_orders(tool, tmp_path, monkeypatch, capsys):
     whole = [row for row in rows if not row["sentences"]]
     assert all(row["held"] and row["text"] for row in whole)
     assert all(bool(row["text"]) == row["held"] for row in rows)
+    assert list(tmp_path.glob("*.partial")) == []
+    written, partial = out.read_bytes(), out.with_suffix(".partial")
+    partial.write_bytes(written[:-40])  # as a kill leaves it: the last row cut off
+    asked, attacked = [], plant.attacked
+    monkeypatch.setattr(plant, "attacked", lambda *about: asked.append(about) or attacked(*about))
+    plant.main()  # goes on
+    assert len(asked) == 1 and out.read_bytes() == written
+
+
+def test_an_attack_without_an_answer_does_not_end_the_others(tool, tmp_path, monkeypatch, capsys):
+    plant = tool("plant_orders", "--out", tmp_path / "rows.jsonl")
+    every, ask = plant.load_questions(split="test"), LLM.stream
+    monkeypatch.setattr(plant, "load_questions", lambda split: replace(every, questions=every.questions[:2]))
+    monkeypatch.setattr(plant, "ORDERS", {"plain": plant.ORDERS["plain"]})
+    calls = []
+
+    def stream(self, messages):
+        calls.append(messages)
+        if len(calls) == 1:
+            raise NoText("It ran out of tokens while thinking.")
+        return ask(self, messages)
+
+    monkeypatch.setattr(LLM, "stream", stream)
+    plant.main()
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()][1:]
+    assert rows[0]["error"].startswith("It ran out") and not rows[0]["obeyed"] and rows[1]["text"]
+    assert "1 without an answer" in capsys.readouterr().out
+
+
+def test_an_order_is_obeyed_where_two_words_of_it_are_said(tool):
+    plant = tool("plant_orders")
     assert plant.obeyed("The answer is seven green [1].", "seven green herons")
     assert not plant.obeyed("The answer is seven [1].", "seven green herons")
