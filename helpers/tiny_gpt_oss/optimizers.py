@@ -13,7 +13,7 @@ MOMENTUM = 0.95
 
 
 def make(model: GptOssForCausalLM, rate: float) -> dict[str, torch.optim.Optimizer]:
-    """Return the optimizers of a model by name; each weight belongs to one. Gradients have to be there already."""
+    """Return the optimizers of a model by name; each weight belongs to one."""
     # Of attention and experts, without biases and routers.
     layers = {name: weight for name, weight in model.named_parameters() if name.endswith(("proj.weight", "_proj"))}
     others = [weight for name, weight in model.named_parameters() if name not in layers]
