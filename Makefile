@@ -45,7 +45,7 @@ test: $(READY)
 	@mkdir -p runs
 	@export $(REPEATABLE) OMP_NUM_THREADS=1; unset MPLBACKEND; \
 	  $(BIN)/python -m pytest $(FIRST) >runs/test_notebooks.txt 2>&1 & notebooks=$$!; \
-	  trap 'kill $$notebooks' INT TERM; \
+	  trap 'kill $$notebooks; exit 130' INT TERM; \
 	  $(BIN)/python -m pytest; others=$$?; \
 	  $(BIN)/python -m pytest $(LATER); later=$$?; \
 	  echo "The notebooks:"; wait $$notebooks; notebooks=$$?; cat runs/test_notebooks.txt; \
