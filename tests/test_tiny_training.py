@@ -203,6 +203,10 @@ def test_going_on_with_other_batches_is_refused(folder, monkeypatch):
             f"The run in {folder} differs in {named}: go on as it began (--go-on, --smaller, curriculum), or begin "
             "another in a folder of its own, by --folder."
         )
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizers, "make", lambda model, rate: {"adamw": torch.optim.AdamW(model.parameters())})
+        with pytest.raises(SystemExit, match="differs in optimizers: go on as it began"):
+            make(folder)
     monkeypatch.setattr(train, "fingerprint", lambda: "another")
     with pytest.raises(SystemExit, match="differs in curriculum: go on as it began"):
         make(folder)
