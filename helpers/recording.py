@@ -24,7 +24,7 @@ from helpers.quotes import confidence, rank_sentences
 from helpers.retrieval import Hit, Retriever
 from helpers.storage import locked, sha256_of
 
-FAILURES = (NoText, PromptCut, PromptTooLong)  # of one question, which would come again: its row says so
+FAILURES = (NoText, PromptCut, PromptTooLong)  # asked again, a question would fail again: its row says so
 
 
 def record(

@@ -104,7 +104,7 @@ def test_each_weight_belongs_to_one_optimizer_and_experts_step_each_for_itself()
 
 @pytest.mark.parametrize(("dtype", "apart"), [("float32", 0.02), ("bfloat16", 0.04)])
 def test_muon_steps_as_that_of_pytorch_does(monkeypatch, dtype, apart):
-    """PyTorch's computes in bfloat16, which tells these two apart by 1 % (float32) and 2 %."""
+    """PyTorch's computes in bfloat16: the steps differ by 1 % where ours are in float32, by 2 % in bfloat16."""
     monkeypatch.setenv("HELPERS_DTYPE", dtype)
     torch.manual_seed(0)
     stacks = [torch.randn(shape) for shape in ((24, 16), (16, 24), (3, 24, 16), (2, 16, 16))]
@@ -185,7 +185,7 @@ def test_a_checkpoint_is_not_written_of_a_loss_that_is_no_number(folder, monkeyp
     assert not (folder / "checkpoint.safetensors").exists()
 
 
-def test_going_on_with_other_batches_is_refused(folder, monkeypatch):
+def test_going_on_with_another_recipe_is_refused(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "fingerprint", lambda: pytest.fail("It is read where it is needed alone."))
         training = make(folder)

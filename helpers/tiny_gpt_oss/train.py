@@ -243,9 +243,13 @@ class Training:
     @cached_property
     def recipe(self) -> dict[str, str]:
         """Return what makes a run; the curriculum takes a second to read, so only where it is asked for."""
-        kinds = ", ".join(f"{type(kind).__module__}.{type(kind).__name__}" for kind in self.optimizers.values())
-        made = {"stages": repr(self.stages), "buckets": repr(self.buckets), "curriculum": fingerprint()}
-        return made | {"optimizers": kinds}
+        kinds = map(type, self.optimizers.values())
+        return {
+            "stages": repr(self.stages),
+            "buckets": repr(self.buckets),
+            "curriculum": fingerprint(),
+            "optimizers": ", ".join(f"{kind.__module__}.{kind.__name__}" for kind in kinds),
+        }
 
     def stage(self, step: int) -> tuple[Stage, int]:
         """Return the stage of a step and how many steps it is into it."""

@@ -54,9 +54,10 @@ def main() -> None:
     index, _ = Index.open()
     retriever, llm, asked = Retriever(index), load_llm(options.llm), load_questions(split="test").questions
     head = made_with(llm, retriever, asked) | {"orders": ORDERS, "payloads": PAYLOADS}
-    ways, partial, count = sorted({0, llm.sentences}), options.out.with_suffix(".partial"), 0
+    ways, partial = sorted({0, llm.sentences}), options.out.with_suffix(".partial")
     with locked(options.out, seconds=0):
         done = {(row["order"], row["sentences"], row["id"]): row for row in taken_up(partial, head)}
+        before = len(done)
         with partial.open("a", encoding="utf-8") as file:
             for order, sentences in product(ORDERS, ways):
                 some = []
@@ -65,12 +66,11 @@ def main() -> None:
                     if key not in done:
                         done[key] = attacked(llm, retriever, question, order, sentences)
                         add_row(file, done[key])
-                        count += 1
                     some.append(done[key])
                 print(line_of(some), flush=True)
         os.replace(partial, options.out)
     taken = settings.format_seconds(time.perf_counter() - started)
-    print(f"{count} attacks in {taken}, {len(done)} now in {options.out.name}")
+    print(f"{len(done) - before} attacks in {taken}, {len(done)} now in {options.out.name}")
 
 
 def attacked(llm: LLM, retriever: Retriever, question: Question, order: str, sentences: int) -> dict:
