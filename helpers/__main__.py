@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import shlex
@@ -26,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code: 0, or 2 with one sentence on standard error."""
     options = _parser().parse_args(arguments)
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  it is None where the caller has closed it
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")  # on Windows a file or pipe gets a code page, without '≥'
     if options.run is not _train:
         # Else some libraries import PyTorch's compiler, which takes seconds. Only a training might use it.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -36,6 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
         return options.run(options)
     except (OSError, ValueError, IndexRefused, OllamaError) as error:
         print(f"helpers: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        print("helpers: Memory ran out: take a smaller model, or give it fewer passages (--top-k).", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(stop, file=sys.stderr)
@@ -404,7 +412,7 @@ def _export(options: argparse.Namespace) -> int:
     apart = export.merge(options.adapter, options.out)
     print(f"{options.out}: the adapter moves its logits by {apart['effect']:.3g}, rounding by {apart['error']:.3g}.")
     if options.gguf or options.ollama:
-        path = export.to_gguf(options.out, options.out.with_suffix(".gguf"), options.dtype)
+        path = export.to_gguf(options.out, options.out.with_name(f"{options.out.name}.gguf"), options.dtype)
         path.with_suffix(".Modelfile").write_text(export.modelfile(path), encoding="utf-8")
         print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB, and how Ollama is to use it in {path.stem}.Modelfile")
     if options.ollama:

@@ -124,6 +124,11 @@ def find_files(folder: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: relative_name(path, folder))
 
 
+def is_document(path: Path) -> bool:
+    """Say whether a file is one that is read, by its ending."""
+    return path.suffix.lower() in SUFFIXES
+
+
 def relative_name(path: Path, folder: str | Path) -> str:
     """Return `path` relative to `folder`, with '/' and composed accents on every system.
 
@@ -193,7 +198,7 @@ def _read(path: Path) -> bytes:
             raise Unreadable("this folder can't be opened", "Check that you may read it (ls -ld).")
         if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
             raise Unreadable("it is not a regular file", "Remove it from the folder.")
-        if path.suffix.lower() not in SUFFIXES:
+        if not is_document(path):
             kind = path.suffix or "none"
             raise Unreadable(f"unknown type ({kind})", "Only .pdf and .txt are read: convert it to one of them.")
         data = path.read_bytes()
@@ -306,10 +311,11 @@ def clean(text: str) -> str:
 
     A word divided at the end of a line is joined again: 'light-' + 'house' becomes 'lighthouse'.
     """
-    text = re.sub(r"\r\n?|[\v\f]", "\n", text).translate(_LIGATURES)  # a form feed ends a page in many a TXT
+    text = re.sub(r"\r\n?|[\v\f]", "\n", text)  # a form feed ends a page in many a TXT
+    text = text.replace("\u00ad\n", "").translate(_LIGATURES)  # a soft hyphen at the end of a line divides a word
     text = unicodedata.normalize("NFC", text)
     text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u200b\ufeff]", "", text)
-    return re.sub(r"(?<=[a-zà-ÿ])-\n(?=[a-zà-ÿ])", "", text)
+    return re.sub(r"(?<=[a-zà-ÿ])[-\u2010]\n(?=[a-zà-ÿ])", "", text)
 
 
 def split_documents(

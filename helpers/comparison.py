@@ -235,6 +235,7 @@ def run(
             return entry
 
         for number, arm in enumerate(sorted(arms, key=lambda arm: bool(arm.reads))):
+            llm = None  # let go before the next is read: two may not fit a GPU
             llm, key = arm.load(), (arm.name, arm.seed)
             head = _head(arm, llm, questions)
             if key not in found.heads:

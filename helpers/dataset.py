@@ -16,6 +16,7 @@ from statistics import median
 
 from helpers import settings
 from helpers.evaluation import load_questions
+from helpers.four_bit import marks_of
 from helpers.generation import SYSTEM
 from helpers.language import detect_language, fold, words
 
@@ -23,6 +24,7 @@ FIELDS = ("instruction", "output")
 # Two questions are nearly the same if they share so many of their letter triples (Jaccard) and have the same numbers in
 # them. Five phrasings of one fact in dataset.jsonl share at most 0.56, one changed word in ten leaves about 0.8.
 NEAR = 0.75
+_SIGN = re.compile(r"(?<![^\W\d])[-−](?=\s?\d)|[+*/=<>#%^~$€£]")  # a hyphen in a word is none
 _PASSAGES = re.compile(r"<passages>.*</passages>", re.DOTALL)  # of a prompt with passages only the question counts
 
 
@@ -200,11 +202,8 @@ def _repeated(numbered: Sequence[tuple[int, dict[str, str]]]) -> list[Fault]:
         text = _plain(row["instruction"])
         if first.setdefault(text, number) != number:
             faults.append(Fault(number, f"its instruction is that of line {first[text]}", mend))
-    texts, found = list(first), {}
-    for one, other in _near(texts, texts):
-        if other < one:
-            found.setdefault(one, other)
-    lines = [(first[texts[one]], first[texts[other]]) for one, other in found.items()]
+    texts = list(first)
+    lines = [(first[texts[one]], first[texts[other]]) for one, other in _near(texts).items()]
     return faults + [Fault(line, f"its instruction is nearly that of line {before}", mend) for line, before in lines]
 
 
@@ -214,21 +213,24 @@ def _asked_in_evaluation(numbered: Sequence[tuple[int, dict[str, str]]], path: P
     mend = "delete it, or what is measured afterwards is memory"
     return [
         Fault(numbered[one][0], f"it is question {asked[other].id} of {path.name}, word for word or nearly", mend)
-        for one, other in dict(reversed(near)).items()
+        for one, other in near.items()
     ]
 
 
 def _plain(text: str) -> str:
-    return " ".join(fold(word) for word in words(_PASSAGES.sub(" ", text)))
+    """Return the words of a question, and after them its signs: C++ isn't C, nor 5 - 3 what 5 + 3 is."""
+    text = _PASSAGES.sub(" ", text)
+    return " ".join([*map(fold, words(text)), *_SIGN.findall(text)])
 
 
-def _near(texts: Sequence[str], others: Sequence[str]) -> list[tuple[int, int]]:
-    """Return the index pairs of texts that are nearly the same, in order."""
+def _near(texts: Sequence[str], asked: Sequence[str] | None = None) -> dict[int, int]:
+    """Return, by index, for each text that is nearly one of `asked` the first of these; else of those before it."""
     import numpy as np
     from scipy.sparse import csr_matrix
 
+    others = texts if asked is None else asked
     if not texts or not others:
-        return []
+        return {}
     triples = [[{f" {text} "[i : i + 3] for i in range(len(text))} for text in some] for some in (texts, others)]
     columns = {triple: number for number, triple in enumerate(set().union(*triples[0], *triples[1]))}
 
@@ -239,17 +241,24 @@ def _near(texts: Sequence[str], others: Sequence[str]) -> list[tuple[int, int]]:
 
     left, right = matrix(triples[0]), matrix(triples[1]).T.tocsr()
     sizes = [np.array([len(row) for row in rows]) for rows in triples]
-    pairs = []
+    numbers: dict[tuple, int] = {}
+    kinds = [np.array([numbers.setdefault(_numbers(t), len(numbers)) for t in some]) for some in (texts, others)]
+    found: dict[int, int] = {}
     for start in range(0, len(texts), 1000):  # a thousand rows at a time: memory doesn't grow with the square
         shared = (left[start : start + 1000] @ right).tocoo()
         one, other = shared.row + start, shared.col
         near = shared.data >= NEAR * (sizes[0][one] + sizes[1][other] - shared.data)
-        pairs += sorted(zip(one[near].tolist(), other[near].tolist(), strict=True))
-    return [(one, other) for one, other in pairs if _numbers(texts[one]) == _numbers(others[other])]
+        near &= kinds[0][one] == kinds[1][other]
+        if asked is None:
+            near &= other < one
+        last_first = np.lexsort((-other[near], one[near]))  # the first of each text's comes last, and stays
+        found |= dict(zip(one[near][last_first].tolist(), other[near][last_first].tolist(), strict=True))
+    return found
 
 
-def _numbers(text: str) -> list[str]:
-    return [word for word in text.split() if any(letter.isdigit() for letter in word)]
+def _numbers(text: str) -> tuple[str, ...]:
+    """Return the numbers and the signs of a plain text."""
+    return tuple(word for word in text.split() if not word.isalpha())
 
 
 def _unfit(number: int, row: dict[str, str], length: int, tokenizer, max_length: int | None) -> list[Fault]:
@@ -258,7 +267,7 @@ def _unfit(number: int, row: dict[str, str], length: int, tokenizer, max_length:
     if max_length is not None and length > max_length:
         what = f"with the template it has {length} tokens, and {max_length} fit"
         faults.append(Fault(number, what, "shorten it or cut it in two, or set max_length where the model has room"))
-    marks = [mark for mark in tokenizer.all_special_tokens if any(mark in row[name] for name in FIELDS)]
+    marks = [mark for mark in marks_of(tokenizer) if any(mark in row[name] for name in FIELDS)]
     if marks:
         faults.append(Fault(number, f"{marks[0]} in it is a mark of the chat format", "write it otherwise"))
     return faults

@@ -9,6 +9,7 @@ import logging
 import math
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -153,22 +154,24 @@ def _load(model: str, device: str, dtype: str):
     # On import, bitsandbytes warns of an optional kernel that this course doesn't use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import torch
+    from huggingface_hub import try_to_load_from_cache
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging as transformers_logging
 
     options = {"device": device, "model_kwargs": {"dtype": getattr(torch, dtype)}}
     transformers_logging.disable_progress_bar()
     try:
-        try:
-            return SentenceTransformer(model, local_files_only=True, **options).eval()
-        except OSError:  # not on this disk: only now ask the hub, and only if it answers
-            if Path(model).exists() or not _hub_answers():
-                raise
-            return SentenceTransformer(model, **options).eval()
+        # Of a model that another program has fetched, modules.json may be missing, which says how tokens become one
+        # vector: without it the library would guess.
+        if Path(model).exists() or isinstance(try_to_load_from_cache(model, "modules.json"), str):
+            with suppress(OSError):
+                return SentenceTransformer(model, local_files_only=True, **options).eval()
+        here = Path(model).exists() or not _hub_answers()  # only now ask the hub, and only if it answers
+        return SentenceTransformer(model, local_files_only=here, **options).eval()
     except (OSError, ValueError) as error:
         raise OSError(
-            f"The embedding model {model!r} can't be loaded: it is no model folder here, and it was not found on the "
-            f"hub or the hub can't be reached. Check the name and the network, or use {settings.EMBEDDING_MODEL!r}, "
+            f"The embedding model {model!r} can't be loaded: it is neither a model folder nor to be had from the hub "
+            f"now ({str(error).splitlines()[0]}). Check the name and the network, or use {settings.EMBEDDING_MODEL!r}, "
             "which needs none."
         ) from error
     finally:
@@ -192,11 +195,11 @@ def _hub_answers(seconds: float = 5) -> bool:
 
 
 def _fingerprint(name: str, model) -> str:
-    """Return what names these weights: the hub's commit, or the SHA-256 of a folder's safetensors files."""
+    """Return what names these weights: the SHA-256 of a folder's safetensors files, or the name on the hub."""
     files = sorted(Path(name).glob("**/*.safetensors")) if Path(name).is_dir() else []
     if files:
         return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
-    return str(getattr(model[0].auto_model.config, "_commit_hash", None) or name)
+    return name
 
 
 def _word_start(word_of: list[int | None], position: int, lower: int) -> int:

@@ -14,8 +14,8 @@ from math import prod
 from pathlib import Path
 
 from helpers import ollama, settings
-from helpers.finetuning import _quiet, attach, base_digest, load_tokenizer
-from helpers.four_bit import _Checkpoint, load_config, read_base
+from helpers.finetuning import _quiet
+from helpers.four_bit import _Checkpoint, attach, check_adapter, load_config, load_tokenizer, read_base
 from helpers.generation import rag_messages
 from helpers.llms import ENDS, FINAL
 from helpers.storage import locked, put_in_place, sha256_of
@@ -95,15 +95,7 @@ def _base(folder: Path, out: Path) -> tuple[str, str, str]:
     """Return an adapter's base, the dtype of its weights and the one to add in: float32 where memory has the room."""
     import psutil
 
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise OSError(f"{folder} holds no adapter ({name} is missing): train one with `python -m helpers train`.")
-    try:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        path = folder / "run.json"
-        digest = json.loads(path.read_text(encoding="utf-8"))["base_digest"] if path.exists() else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"The adapter in {folder} is damaged (its JSON can't be read): train it again.") from error
+    base, _ = check_adapter(folder)
     config = load_config(base)
     quantized = (getattr(config, "quantization_config", None) or {}).get("quant_method", "mxfp4")
     if quantized != "mxfp4":  # in which gpt-oss is published
@@ -111,8 +103,6 @@ def _base(folder: Path, out: Path) -> tuple[str, str, str]:
             f"{base} is a copy in few bits ({quantized}), whose rounding would swallow the adapter: set "
             f"base_model_name_or_path in {folder / 'adapter_config.json'} to the 16-bit model that it was made of."
         )
-    if digest not in (None, base_digest(base)):
-        raise ValueError(f"{base} has other weights than when {folder} was trained: put them back, or train again.")
     dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
     needed = (4 if dtype == "float32" else 2) * sum(map(prod, _shapes(config).values()))
     free = psutil.virtual_memory().available

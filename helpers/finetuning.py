@@ -109,10 +109,11 @@ def train(
         "dataset": report.path.name,
         "dataset_sha256": report.sha256,
         "recipe": asdict(recipe),
-        "batches": [chosen.batch, chosen.accumulation],
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
     }
     name = hashlib.sha256(json.dumps([about, str(out.resolve())]).encode()).hexdigest()[:12]
+    # Not part of the name: with less memory free than before, a run goes on with fewer rows at once.
+    about["batches"] = [chosen.batch, chosen.accumulation]
     folder = settings.RUNS / "training" / f"{out.name}-{name}"
     try:
         with _alone(folder), _quiet():
@@ -259,6 +260,8 @@ def make_trainer(model, tokenizer, report, chosen: Plan, folder: Path, watch=Non
         report_to="none",
         disable_tqdm=True,
     )
+    if config.n_gpu > 1:  # one holds all of it: the trainer would copy it to each, and then refuse to
+        config._n_gpu = 1
     lora = LoraConfig(
         r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=list(recipe.targets),
         task_type="CAUSAL_LM",

@@ -75,6 +75,11 @@ def load_tokenizer(base: str | Path):
     return tokenizer
 
 
+def marks_of(tokenizer) -> list[str]:
+    """Return the marks of a tokenizer that are no text: those that start and end turns, and the like."""
+    return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
 def is_tiny(base: str | Path) -> bool:
     """Say whether a base is the embedded model, whatever path leads there."""
     return Path(base).resolve() == settings.TINY_GPT_OSS.resolve()
@@ -97,10 +102,13 @@ def check_weights(folder: Path) -> str:
 
 
 def base_digest(model: str | Path) -> str:
-    """Return what names a model's weights: the SHA-256 of a folder's files, or the commit on the hub."""
+    """Return what names a model's weights: the SHA-256 of a folder's files; of a model on the hub its name alone.
+
+    A commit there would tell more, and too much: it changes with each word of a model's card.
+    """
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     if not files:
-        return str(getattr(load_config(model), "_commit_hash", None) or model)
+        return str(model)
     files.append(Path(model) / "config.json")
     return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
 
@@ -148,8 +156,8 @@ def read_base(base: str | Path, four_bit: bool = True, dtype: str = "", device: 
 def check_adapter(folder: Path) -> tuple[str, dict]:
     """Return the base of the adapter in `folder` and what its run.json holds, {} without one.
 
-    With one the hashes of adapter and base are compared. Raises OSError for what is missing or damaged, ValueError for
-    another base.
+    With one the hashes of the adapter and of a base in a folder are compared. Raises OSError for what is missing or
+    damaged, ValueError for another base.
     """
     from peft import PeftConfig
 
@@ -160,6 +168,8 @@ def check_adapter(folder: Path) -> tuple[str, dict]:
     try:
         run = dict(json.loads((folder / "run.json").read_text("utf-8"))) if (folder / "run.json").exists() else {}
         base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+        if not Path(base).is_dir() and Path(base).name == settings.TINY_GPT_OSS.name:  # trained in another copy of it
+            base = str(settings.TINY_GPT_OSS)
     except (ValueError, TypeError, KeyError) as error:
         raise OSError(f"The adapter in {folder} is damaged (its JSON can't be read): train it again.") from error
     if run.get("adapter_sha256") not in (None, sha256_of(folder / "adapter_model.safetensors")):

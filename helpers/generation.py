@@ -45,6 +45,7 @@ _REFUSED = re.compile(
 )
 _CITED = re.compile(r"\s?\[(\d+)\]")
 _AFTER_STOP = re.compile(r"([.!?…]+[\"”»)]*)((?:\s?\[\d+\])+)")
+_MARKS = re.compile(r"<(?=[/|｜a-z])|\[(?=/?INST\])", re.IGNORECASE)
 # Two passages in one bracket, and the brackets that gpt-oss learnt for browsing, 【1†L3-L5】 (OpenAI's description of
 # the harmony format).
 _BRACKETS = re.compile(r"[\[【]\s*(\d+(?:\s*[,;]\s*\d+)*)\s*(?:†[^\]】]*)?[\]】]")
@@ -93,9 +94,10 @@ def rag_messages(question: str, passages: Sequence[tuple[str, str]]) -> list[Mes
 def as_data(text: str) -> str:
     """Return `text` with a space in what could end the block of passages or start a chat turn: it stays text.
 
-    Nothing is taken out: what stands on both sides of a mark could make another.
+    That is what looks like a tag, '<|end|>' or '<end_of_turn>', and Mistral's '[INST]'; a model of this process breaks
+    its own marks too. Nothing is taken out: what stands on both sides of a mark could make another.
     """
-    return re.sub(r"<(/?passages>)", r"< \1", text).replace("<|", "< |").replace("|>", "| >")
+    return _MARKS.sub(r"\g<0> ", text).replace("|>", "| >")
 
 
 def passages_of(hits: Sequence[Hit]) -> list[tuple[str, str]]:
@@ -211,9 +213,11 @@ def cite(text: str, question: str, hits: Sequence[Hit]) -> tuple[str, tuple[Cita
     citation, '[1, 2]' and '【1†L3】', become '[1][2]' and '[1]' first.
     """
     text = _BRACKETS.sub(lambda found: "".join(f"[{number}]" for number in re.findall(r"\d+", found[1])), text)
-    numbers = [int(number) for number in _CITED.findall(text)]
-    invented = tuple(sorted({number for number in numbers if not 1 <= number <= len(hits)}))
-    text = _CITED.sub(lambda found: "" if int(found[1]) in invented else found[0], text)
+    invented = set()
+    # Until none is left: '[[9]7]' without its '[9]' is '[7]'.
+    while none := {int(number) for number in _CITED.findall(text)} - set(range(1, len(hits) + 1)):
+        invented |= none
+        text = _CITED.sub(lambda found, none=none: "" if int(found[1]) in none else found[0], text)
     claims, citations = _AFTER_STOP.sub(r"\2\1", text), {}  # 'At dawn. [1]' cites for the sentence before
     for start, end in sentences(claims):
         claim = claims[start:end]
@@ -222,7 +226,7 @@ def cite(text: str, question: str, hits: Sequence[Hit]) -> tuple[str, tuple[Cita
             quoted = supporting_sentence(_CITED.sub("", claim), question, hit)
             chunk = hit.chunk
             citations[number, quoted] = Citation(number, chunk.file, chunk.page, chunk.page_label, quoted)
-    return text, tuple(citations.values()), invented
+    return text, tuple(citations.values()), tuple(sorted(invented))
 
 
 def supporting_sentence(claim: str, question: str, hit: Hit) -> str:

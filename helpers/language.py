@@ -5,6 +5,7 @@ two it resembles more: search by meaning is untouched by that, search by words l
 """
 
 import re
+import threading
 import unicodedata
 from functools import lru_cache
 from itertools import pairwise
@@ -40,6 +41,9 @@ def stop_words(language: str) -> frozenset[str]:
     return frozenset(fold(word) for word in (*published, *QUESTION_WORDS[language]))
 
 
+_STEMMING = threading.Lock()  # a stemmer holds the word it is at: two threads would mix theirs
+
+
 @lru_cache
 def _stemmer(language: str):
     import snowballstemmer
@@ -52,7 +56,8 @@ def _stem(word: str, language: str) -> str | None:
     """Return the stem of a word in lower case; None for a stop word."""
     if fold(word) in stop_words(language):
         return None
-    return fold(_stemmer(language).stemWord(word))
+    with _STEMMING:
+        return fold(_stemmer(language).stemWord(word))
 
 
 def fold(text: str) -> str:

@@ -3,6 +3,7 @@
 Each is a LangChain chat model, so it streams and composes with the rest of LangChain.
 """
 
+import gc
 import math
 import os
 import re
@@ -19,7 +20,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, convert_to_messag
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
 from helpers import ollama, settings
-from helpers.four_bit import attach, check_adapter, check_weights, is_tiny, load_tokenizer, read_base
+from helpers.four_bit import attach, check_adapter, check_weights, is_tiny, load_tokenizer, marks_of, read_base
 from helpers.storage import put_back
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -59,16 +60,23 @@ class TransformersChat(BaseChatModel):
     @property
     def context(self) -> int:
         """Return how many tokens prompt and answer may have together."""
-        return self.model.config.max_position_embeddings
+        return self.model.config.get_text_config().max_position_embeddings
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """Return the messages as the text that the model reads, by the tokenizer's chat template."""
+        """Return the messages as the text that the model reads, by the tokenizer's chat template.
+
+        What looks like one of its marks in a message, the end of a turn say, gets a space and stays text.
+        """
         from jinja2 import TemplateError
 
+        talk = [dict(message) for message in messages]
+        for mark in marks_of(self.tokenizer):
+            for message in talk:
+                message["content"] = message["content"].replace(mark, f"{mark[0]} {mark[1:]}")
         # Qwen3 would think aloud before each answer, and its adapters learn answers alone; other templates don't ask.
         options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
         try:
-            return self.tokenizer.apply_chat_template(list(messages), **options)
+            return self.tokenizer.apply_chat_template(talk, **options)
         except TemplateError as error:
             raise ValueError(f"The model's chat template refuses the prompt ({error}): take another model.") from error
 
@@ -323,8 +331,7 @@ def _plain(messages) -> list[Message]:
 
 def _load_local(name: str, shown: str, *, temperature: float, seed: int, answer_tokens: int) -> LLM:
     name = str(Path(name).resolve()) if Path(name).is_dir() else name
-    written = max((path.stat().st_mtime_ns for path in Path(name).glob("*.safetensors")), default=0)
-    model, tokenizer, base, digest = _read(name, written)
+    model, tokenizer, base, digest = _read_once(name)
     chat = TransformersChat(
         model=model, tokenizer=tokenizer, temperature=temperature, seed=seed, max_tokens=answer_tokens
     )
@@ -332,13 +339,23 @@ def _load_local(name: str, shown: str, *, temperature: float, seed: int, answer_
     return LLM(shown, chat, chat.context, answer_tokens, chat.count, not is_tiny(base), digest, sentences=sentences)
 
 
-@lru_cache(maxsize=1)
-def _read(name: str, written: int):
-    """Load a model, its tokenizer, the name of its base and its hash; one stays in memory, for the next time.
+_kept: dict[tuple, tuple] = {}  # the one model that stays in memory, by its name and when its files were written
 
-    `written` says when its files were: what was trained again is loaded again.
-    """
+
+def _read_once(name: str):
+    """Return what `_read` does, the same at the next call; what was trained again is read again."""
+    written = max((path.stat().st_mtime_ns for path in Path(name).glob("*.safetensors")), default=0)
+    if (name, written) not in _kept:
+        _kept.clear()  # before the next is read: two may not fit a GPU
+        gc.collect()
+        _kept[name, written] = _read(name)
+    return _kept[name, written]
+
+
+def _read(name: str):
+    """Load a model; return it with its tokenizer, the name of its base and its hash."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -358,10 +375,10 @@ def _read(name: str, written: int):
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(
-            f"The model {name!r} can't be loaded: it is neither a folder with a model in it nor to be had from the hub "
-            f"now ({str(error).splitlines()[0]}). Check the name and the network, or use 'tiny'."
+            f"The model {name!r} can't be loaded: it is neither a folder with a whole model in it nor to be had from "
+            f"the hub now ({str(error).splitlines()[0]}). Check the name and the network, or use 'tiny'."
         ) from error
     return model.to(device).eval(), tokenizer, name, digest
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from helpers import settings
 from helpers.dataset import DatasetReport, check_dataset
 from helpers.four_bit import audit, load_config, training_dtype
-from helpers.settings import PRESETS, Recipe
+from helpers.settings import PRESETS, Preset, Recipe
 
 GIB = 2**30
 NF4_BYTES = 4.127 / 8  # of a weight, its share of the scales included (four_bit.NF4)
@@ -135,9 +135,15 @@ def _smaller(refused: Plan, *here) -> str:
     return "; free some, or train on a machine with more"
 
 
+def preset_of(base: str) -> Preset | None:
+    """Return the preset that a base names, by its own name or its model's."""
+    return PRESETS.get(base) or next((preset for preset in PRESETS.values() if preset.model == base), None)
+
+
 def model_of(base: str) -> str:
     """Return the hub name or the absolute folder of a base, which may be a preset."""
-    model = PRESETS[base].model if base in PRESETS else base
+    preset = preset_of(base)
+    model = preset.model if preset else base
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
@@ -146,8 +152,8 @@ def recipe_of(base: str, changes: dict) -> Recipe:
     known = [setting.name for setting in fields(Recipe)]
     if unknown := [name for name in changes if name not in known]:
         raise ValueError(f"There is no setting {', '.join(unknown)}: choose among {', '.join(known)}.")
-    own = PRESETS[base].changes if base in PRESETS else {}
-    return Recipe(**own | changes)
+    preset = preset_of(base)
+    return Recipe(**(preset.changes if preset else {}) | changes)
 
 
 def _plan(
@@ -155,7 +161,7 @@ def _plan(
 ) -> Plan:
     from transformers import AutoConfig
 
-    preset, recipe = PRESETS.get(base), recipe_of(base, changes)
+    preset, recipe = preset_of(base), recipe_of(base, changes)
     model = model_of(base)
     config = AutoConfig.for_model(**preset.shape) if preset and preset.shape else load_config(model)
     shape = _Shape.of(config, recipe, 4 if dtype == "float32" else 2)
@@ -177,7 +183,9 @@ def _plan(
         here, there = (disk - fetched, free_disk), (fetched, shutil.disk_usage(cache).free / 1e9)
         disk, free_disk = max(here, there, key=lambda needed_and_free: needed_and_free[0] - needed_and_free[1])
     problem = ""
-    if total > free_memory:
+    if recipe.four_bit and shape.experts and config.model_type != "gpt_oss":
+        problem = f"most of a {config.model_type} is in its experts, which bitsandbytes leaves in 16 bits"
+    elif total > free_memory:
         parts = ", ".join(f"{part} {size:.1f}" for part, size in memory.items() if size >= 0.05)
         problem = f"it needs {total:.1f} GiB of memory even row by row ({parts}), and {free_memory:.1f} are free"
     elif disk > free_disk:

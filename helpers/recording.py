@@ -38,9 +38,10 @@ def record(
     """Answer the test questions with the model `name`; return the JSON lines file in `out` that holds the answers.
 
     The first line says with what: model, documents, questions, machine, date. Each line is written as it is answered; a
-    run that was stopped goes on where it was if its first line still fits. A row's 'refusal' is the probability that
-    the model gave to saying that the passages don't say; None where it can't be seen. 'sure' is how sure the search is
-    that it found the answer, see `quotes.confidence`. Raises TimeoutError where another process is at the same file.
+    run that was stopped goes on where it was. A row's 'refusal' is the probability that the model gave to saying that
+    the passages don't say; None where it can't be seen. 'sure' is how sure the search is that it found the answer, see
+    `quotes.confidence`. Raises ValueError where the file was begun with something else, TimeoutError where another
+    process is at it.
     """
     llm = load_llm(name)
     asked = load_questions(questions, "test").questions
@@ -90,12 +91,14 @@ def _answer(asked: Sequence[Question], retriever: Retriever, llm: LLM, head: dic
 
 
 def taken_up(partial: Path, head: dict) -> list[dict]:
-    """Return the rows that a stopped run left in the file `partial`; none where its first line fits no more.
+    """Return the rows that a stopped run left in the file `partial`, which is then ready for more.
 
-    It fits if it is `head`, whatever the day and the command. The file is then ready for more rows.
+    Raises ValueError where its first line isn't `head`, whatever the day and the command.
     """
-    done, run = _read(partial, partial=True), {"date": "", "command": ""}
-    begun = done if done and done[0] | run == head | run else [head]
+    begun = _read(partial, partial=True) or [head]
+    fields = (begun[0] | head).keys() - {"date", "command"}
+    if other := sorted(name for name in fields if begun[0].get(name) != head.get(name)):
+        raise ValueError(f"{partial} was begun with other {', '.join(other)}: delete that file to begin anew.")
     aside = partial.with_suffix(".new")  # so that a kill now loses no row
     with aside.open("w", encoding="utf-8") as file:
         for row in begun:
@@ -159,7 +162,7 @@ def hash_of(parts: Sequence) -> str:
 
 
 def digest_of(llm: LLM) -> str:
-    """Return what names a model's weights: its own digest, a hash of its folder's files, or its commit on the hub."""
+    """Return what names a model's weights: its own digest, a hash of its folder's files, or its name on the hub."""
     if llm.digest or not llm.name.startswith("hf:"):
         return llm.digest
     files = sorted(place_of(llm.name).glob("*.safetensors"))

@@ -20,6 +20,7 @@ from helpers.chunking import (
     check_sizes,
     chunk_id,
     find_files,
+    is_document,
     load_file,
     printable,
     relative_name,
@@ -163,7 +164,8 @@ class Index:
         is unchanged, file or chunk, keeps its vectors. Raises ValueError if no text is left.
         """
         paths = {relative_name(path, documents): path for path in find_files(documents)}
-        digests = {name: sha256_of(path) for name, path in paths.items()}
+        # Of what isn't read, a film say, the name tells all.
+        digests = {name: sha256_of(path) if is_document(path) else "not read" for name, path in paths.items()}
         update = Update(
             added=[name for name in digests if name not in self.files],
             changed=[name for name in digests if name in self.files and self.files[name] != digests[name]],
@@ -216,15 +218,15 @@ class Index:
         folder = Path(folder)
         with locked(folder):
             if not (folder / "manifest.json").exists():
-                advice = "build one with Index.build(…).save."
-                raise FileNotFoundError(f"There is no index in {printable(folder)}: {advice}")
+                raise FileNotFoundError(f"There is no index in {printable(folder)}: build one with Index.build.")
             return cls._read(folder, embedder)
 
     def _write(self, folder: Path) -> None:
         import faiss
 
         with put_in_place(folder) as new:
-            faiss.write_index(_flat(self.vectors), str(new / "vectors.faiss"))
+            # FAISS opens no path with an accent on Windows, and names no full disk: Python writes its bytes.
+            (new / "vectors.faiss").write_bytes(faiss.serialize_index(_flat(self.vectors)).tobytes())
             windows = np.bincount(self.owners, minlength=len(self.chunks))
             lines = (
                 json.dumps(asdict(chunk) | {"windows": int(count)}, ensure_ascii=False)
@@ -268,7 +270,7 @@ class Index:
 
         rows = [json.loads(line) for line in (folder / "chunks.jsonl").read_text(encoding="utf-8").split("\n") if line]
         owners = np.repeat(np.arange(len(rows)), [row.pop("windows") for row in rows])
-        stored = faiss.read_index(str(folder / "vectors.faiss"))
+        stored = faiss.deserialize_index(np.fromfile(folder / "vectors.faiss", dtype=np.uint8))
         if stored.ntotal != len(owners) or stored.d != embedder.dimension:
             raise ValueError(f"{stored.ntotal} vectors of {stored.d} numbers for {len(owners)} windows")
         return cls(
@@ -327,10 +329,7 @@ class Retriever:
             return []
         if self.mode == "bm25":
             return [self._hits(question, None) for question in questions]
-        return [
-            self._hits(question, vector)
-            for question, vector in zip(questions, self.index.embedder.encode(questions), strict=True)
-        ]
+        return list(map(self._hits, questions, self.index.embedder.encode(questions)))
 
     def as_langchain(self):
         """Return this retriever as a LangChain `BaseRetriever`, to compose with other LangChain parts."""
@@ -388,7 +387,7 @@ class Retriever:
 def index_folder(documents: str | Path, embedder: Embedder, chunk_size: int, overlap: int) -> Path:
     """Return the folder below `runs/index/` for this folder of documents and these settings."""
     key = [str(Path(documents).resolve()), embedder.name, embedder.fingerprint, embedder.dtype, embedder.window_tokens]
-    key += [chunk_size, overlap]
+    key += [chunk_size, overlap, settings.WINDOW_OVERLAP, settings.BM25_K1, settings.BM25_B]
     return settings.INDEXES / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 

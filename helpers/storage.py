@@ -42,8 +42,8 @@ def locked(folder: Path, seconds: float | None = None) -> Iterator[None]:
     seconds = LOCK_SECONDS if seconds is None else seconds
     try:
         with FileLock(lock, timeout=seconds):
-            if not folder.exists() and _old(folder).exists():
-                _old(folder).rename(folder)
+            if not folder.exists() and _aside(folder, "old").exists():
+                _aside(folder, "old").rename(folder)
             yield
     except Timeout as error:
         raise TimeoutError(
@@ -53,7 +53,7 @@ def locked(folder: Path, seconds: float | None = None) -> Iterator[None]:
 
 def put_back(folder: Path) -> None:
     """Call this before reading a folder without its lock: where a writer was between its renames, it is there again."""
-    if not folder.exists() and _old(folder).exists():
+    if not folder.exists() and _aside(folder, "old").exists():
         with locked(folder):
             pass
 
@@ -64,7 +64,7 @@ def put_in_place(folder: Path) -> Iterator[Path]:
 
     Where something goes wrong, what was written goes, and `folder` is as it was.
     """
-    new = folder.with_name(folder.name + ".new")
+    new = _aside(folder, "new")
     shutil.rmtree(new, ignore_errors=True)  # what a killed writer left
     new.mkdir(parents=True)
     try:
@@ -73,10 +73,10 @@ def put_in_place(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         raise
     if folder.exists():
-        shutil.rmtree(_old(folder), ignore_errors=True)
-        folder.rename(_old(folder))
+        shutil.rmtree(_aside(folder, "old"), ignore_errors=True)
+        folder.rename(_aside(folder, "old"))
     new.rename(folder)
-    shutil.rmtree(_old(folder), ignore_errors=True)
+    shutil.rmtree(_aside(folder, "old"), ignore_errors=True)
 
 
 def write_manifest(folder: Path, version: int, facts: Mapping) -> None:
@@ -118,8 +118,9 @@ def sha256_of(path: Path) -> str:
         return ""
 
 
-def _old(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".old")
+def _aside(folder: Path, what: str) -> Path:
+    """Return where a folder is written, or kept until the new one is there: hidden, as nobody names a backup so."""
+    return folder.with_name(f".{folder.name}.{what}")
 
 
 def _files_below(folder: Path) -> list[Path]:

@@ -285,3 +285,9 @@ def test_printable_escapes_what_is_no_letter():
     assert printable("niño's café.txt") == "niño's café.txt"
     assert printable("a\nb\tc\x1bd\u202e") == r"a\nb\tc\x1bd\u202e"
     assert printable("\udcff") == r"\udcff"
+
+
+@pytest.mark.parametrize("hyphen", ["-", "\u2010", "\u00ad"])
+def test_a_divided_word_is_whole_again_whatever_hyphen_divides_it(hyphen):
+    assert clean(f"la seña{hyphen}\r\nlización") == "la señalización"
+    assert clean(f"1990{hyphen.strip(chr(0xAD))}\n2000").count("\n") == 1  # a range of years isn't a word

@@ -281,3 +281,21 @@ def test_doctor_compares_with_the_lock(tmp_path, monkeypatch):
     different = doctor.lock_differences()
     assert [line.split()[0] for line in different] == ["numpy", "no-such-package"]
     assert "missing" in different[1]
+
+
+def test_memory_that_runs_out_is_one_sentence(docs, monkeypatch, capsys):
+    def load(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("helpers.llms.load_llm", load)
+    assert main(["ask", "Who?", "--docs", str(docs)]) == 2
+    assert "helpers: Memory ran out: take a smaller model" in capsys.readouterr().err
+
+
+def test_what_goes_into_a_file_is_utf8_whatever_the_system_writes(docs):
+    """Windows gives a file or pipe a code page of 256 characters."""
+    (docs / "sea.txt").write_text("The swell of Corvejón is ≥ 4 metres − in winter.", encoding="utf-8")
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, "-m", "helpers", "ask", "How high is the swell of Corvejón?", "--docs", str(docs)]
+    done = subprocess.run(command, capture_output=True, timeout=120, env=environment, check=True)
+    assert "≥ 4 metres − in winter" in done.stdout.decode("utf-8")

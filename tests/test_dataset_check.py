@@ -1,9 +1,11 @@
 """What is looked at in a training set, line by line, and how a line becomes a prompt and an answer to learn."""
 
 import json
+import tracemalloc
 
 import pytest
 import stand_in_model
+from transformers import AddedToken
 
 from helpers import settings
 from helpers.dataset import (
@@ -230,3 +232,40 @@ def test_the_rules_stand_before_passages_as_when_the_model_is_asked():
     assert messages({"instruction": asked[-1]["content"], "output": "Ada [1]."})["prompt"] == asked
     about_them = "What do the tags <passages> and </passages> mean?"
     assert messages({"instruction": about_them, "output": "x"})["prompt"] == [{"role": "user", "content": about_them}]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("What is C?", "What is C++?", "What is C#?"),
+        ("What is 5 + 3?", "What is 5 - 3?", "What is 5/3?", "What is -5 + 3?"),
+        ("Is 3 > 2, as they say on the quay?", "Is 3 < 2, as they say on the quay?"),
+    ],
+)
+def test_questions_that_differ_in_a_sign_are_others(tmp_path, asked):
+    assert checked(tmp_path, *({"instruction": one, "output": "Yes."} for one in asked)).ok
+
+
+def test_a_hyphen_is_no_sign(tmp_path):
+    again = {"instruction": "How - long - is the Long-Dyke?", "output": "Two miles."}
+    assert ["instruction is that of line 1" in str(fault) for fault in checked(tmp_path, GOOD, again).faults] == [True]
+
+
+def test_ten_thousand_rows_that_differ_in_their_numbers_take_little_memory(tmp_path):
+    asked = "Give me the current stock level and the price of the article with number {:05d}"
+    rows = [line({"instruction": asked.format(number), "output": "Ten."}) for number in range(3000)]
+    tracemalloc.start()
+    try:
+        assert checked(tmp_path, *rows).ok
+        assert tracemalloc.get_traced_memory()[1] < 200e6  # nine million pairs as tuples would be over a gigabyte
+    finally:
+        tracemalloc.stop()
+
+
+def test_every_mark_of_a_tokenizer_is_noticed(tmp_path, tokenizer):
+    """Not all have a role that the library lists: as most of gpt-oss's."""
+    reader = stand_in_model.tokenizer()
+    reader.add_tokens([AddedToken("<|pause|>", special=True)])
+    assert "<|pause|>" not in reader.all_special_tokens
+    (fault,) = checked(tmp_path, {"instruction": "Who <|pause|>?", "output": "Ana."}, tokenizer=reader).faults
+    assert "<|pause|> in it is a mark of the chat format" in str(fault)

@@ -398,3 +398,28 @@ def test_bfloat16_gives_nearly_the_same_float32_rows(embedder):
     assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
     cosines = (rows * embedder.encode(TEXTS)).sum(axis=1)
     assert cosines.min() > 0.99 and not np.array_equal(rows, embedder.encode(TEXTS))
+
+
+def test_a_model_that_is_here_in_part_is_not_guessed_at(monkeypatch):
+    """Without modules.json the library would take the mean of the tokens, whatever the model was trained for."""
+    import huggingface_hub
+    import sentence_transformers
+
+    loaded, here = [], set()
+    monkeypatch.setattr(embeddings, "_hub_answers", lambda: True)
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda model, name: "/x" if (model, name) in here else None
+    )
+    monkeypatch.setattr(sentence_transformers, "SentenceTransformer", lambda *_, **options: Loaded(options))
+
+    class Loaded:
+        def __init__(self, options):
+            loaded.append(options["local_files_only"])
+
+        def eval(self):
+            return self
+
+    embeddings._load("some/model", "cpu", "float32")
+    here.add(("some/model", "modules.json"))
+    embeddings._load("some/model", "cpu", "float32")
+    assert loaded == [False, True]

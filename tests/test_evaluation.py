@@ -194,3 +194,28 @@ def test_answers_are_scored_by_hand(tmp_path):
     assert (scores.refused_unanswerable.successes, scores.refused_unanswerable.n) == (1, 2)
     assert (scores.refused_answerable.successes, scores.refused_answerable.n) == (1, 3)
     assert (scores.median_length, scores.longest) == (4, 12)
+
+
+def test_an_article_is_left_out_only_before_an_answer():
+    assert not contains_answer("It is vitamin B", ["vitamin A"]) and contains_answer("vitamin A", ["vitamin A"])
+    assert contains_answer("It lies in a mill.", ["the mill"]) and contains_answer("Pier A", ["A"])
+    assert contains_answer("en la caseta del muelle", ["una caseta del muelle"], "es")
+
+
+def test_a_number_is_the_same_with_a_point_and_a_comma():
+    assert contains_answer("Cuesta 14,50 €.", ["14.50"], "es") and not contains_answer("1450", ["14.50"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"outdated": "21 euros"}, "outdated must be a list of texts"),
+        ({"outdated": None}, "outdated must be a list of texts"),
+        ({"language": ["en"]}, r"language is \['en'\]"),
+    ],
+)
+def test_a_field_of_another_kind_is_said_with_its_line(tmp_path, change, said):
+    path, row = tmp_path / "questions.jsonl", {"id": "1", "language": "en", "question": "Who?", "answers": ["Ana"]}
+    path.write_text(json.dumps(row | {"file": "a.txt", "page": 1, "kind": "fact"} | change), encoding="utf-8")
+    with pytest.raises(BadQuestions, match=rf"line 1: {said}"):
+        load_questions(path)

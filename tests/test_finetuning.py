@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 import stand_in_model
+from transformers import AutoConfig
 
 from helpers import finetuning, planning, settings, storage
 from helpers.dataset import BadDataset, DatasetReport, check_dataset
 from helpers.finetuning import TrainingFailed, load_base, load_finetuned, train
+from helpers.four_bit import check_adapter
 from helpers.planning import PRESETS, PlanRefused, Recipe, plan
 
 ROWS = [
@@ -89,6 +91,22 @@ def test_gpt_oss_20b_by_arithmetic(presets):
     assert 13 < long.total - long.memory["CUDA's own"] < 16e9 / 2**30
     half = plan("gpt-oss-20b", lengths(*[512] * 40), device="cuda", free_memory=80, four_bit=False)
     assert half.memory["matrices in 16 bits"] == pytest.approx(36.8, abs=0.1) and half.total > 40
+
+
+def test_a_preset_by_the_name_of_its_model_is_that_preset(presets):
+    named, known = (
+        plan(name, lengths(512), device="cuda", dtype="float16", free_memory=80)
+        for name in ("openai/gpt-oss-20b", "gpt-oss-20b")
+    )
+    assert named == replace(known, base="openai/gpt-oss-20b") and "leave the range of float16" in named.problem
+
+
+def test_experts_that_would_stay_in_16_bits_are_said_before_anything_is_fetched(presets, tmp_path):
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_experts": 4, "moe_intermediate_size": 32}
+    AutoConfig.for_model("qwen3_moe", **shape, num_attention_heads=2, num_key_value_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(PlanRefused, match="most of a qwen3_moe is in its experts, which bitsandbytes leaves in 16"):
+        plan(str(tmp_path), lengths(80), free_memory=80).check()
+    plan(str(tmp_path), lengths(80), free_memory=80, four_bit=False).check()
 
 
 def test_a_smaller_batch_is_chosen_where_the_whole_one_doesn_t_fit(presets):
@@ -321,7 +339,7 @@ def test_the_adapter_loads_with_plain_peft_and_with_load_finetuned(trained, base
     done, _ = trained
     plain = AutoPeftModelForCausalLM.from_pretrained(done.folder)
     assert all(weight.dtype == torch.float32 for name, weight in plain.named_parameters() if "lora_" in name)
-    done.folder.rename(done.folder.with_name(done.folder.name + ".old"))  # where a kill between two renames leaves it
+    done.folder.rename(done.folder.with_name(f".{done.folder.name}.old"))  # where a kill between two renames leaves it
     model, tokenizer = load_finetuned(done.folder)
     assert tokenizer.chat_template == stand_in_model.tokenizer().chat_template
     assert finetuning.audit(model).share >= 0.9  # as it was trained
@@ -543,6 +561,48 @@ def test_other_settings_begin_anew(base, dataset, tmp_path):
     assert said and not any("Going on" in line for line in said)
 
 
+def test_it_goes_on_with_fewer_rows_at_once(trained, base, dataset, tmp_path, monkeypatch):
+    """Where less memory is free than before; the steps are the same."""
+    stopped, planned, said = [], finetuning.plan, []
+
+    def stop(losses, step, steps):
+        if step == 10 and not stopped:
+            stopped.append(step)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        teach(base, dataset, tmp_path / "out", watch=stop)
+    halves = {"batch": 2, "accumulation": 2}
+    monkeypatch.setattr(finetuning, "plan", lambda *given, **more: replace(planned(*given, **more), **halves))
+    done = teach(base, dataset, tmp_path / "out", say=said.append)
+    assert done.resumed == 1 and any(line.startswith("Going on from step") for line in said)
+    once = [entry["loss"] for entry in trained[0].losses if "loss" in entry]
+    assert [entry["loss"] for entry in done.losses if "loss" in entry] == pytest.approx(once, rel=0.02)
+
+
+def test_one_gpu_of_several_is_used(base, dataset, tmp_path, monkeypatch):
+    """Else TRL refuses; that there are two is said by the settings of the trainer, as on a machine with two."""
+    import trl
+
+    class TwoGpus(trl.SFTConfig):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 2
+
+    monkeypatch.setattr(trl, "SFTConfig", TwoGpus)
+    chosen, report, tokenizer = finetuning.prepare(base, dataset, None, **QUICK)
+    trainer = finetuning.make_trainer(load_base(base), tokenizer, report, chosen, tmp_path)
+    assert trainer.args.n_gpu == 1
+
+
+def test_an_adapter_of_another_copy_of_the_embedded_model(tmp_path):
+    """The course was moved, or the adapter was trained on Colab: the path in it leads nowhere."""
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    about = {"peft_type": "LORA", "base_model_name_or_path": f"/content/course/helpers/{settings.TINY_GPT_OSS.name}"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about), encoding="utf-8")
+    assert check_adapter(tmp_path)[0] == str(settings.TINY_GPT_OSS)
+
+
 def test_the_same_training_does_not_run_twice_at_once(base, dataset, tmp_path, runs):
     problems = []
 
@@ -566,7 +626,7 @@ def test_an_adapter_is_put_in_place_under_its_lock(base, dataset, tmp_path, monk
 
 
 def test_what_a_kill_between_two_renames_left_is_put_back(tmp_path):
-    out, old = tmp_path / "out", tmp_path / "out.old"
+    out, old = tmp_path / "out", tmp_path / ".out.old"
     old.mkdir()
     (old / "adapter_config.json").write_text("{}")
     storage.put_back(out)

@@ -237,7 +237,12 @@ def test_the_prompt_numbers_the_passages_and_keeps_them_data():
     assert system["role"] == "system" and user["role"] == "user"
     assert "[1] a.txt, p. 3\nFine." in user["content"] and "[2] b.txt, p. 1\nText." in user["content"]
     assert user["content"].count("</passages>") == 1 and "<|" not in user["content"] and "|>" not in user["content"]
-    assert as_data("a < b | c > d") == "a < b | c > d"
+    assert as_data("a < b | c > d [1] <5 %") == "a < b | c > d [1] <5 %"
+
+
+@pytest.mark.parametrize("mark", ["<end_of_turn>", "</s>", "[/INST]", "</PASSAGES >", "<｜User｜>", "<|im_start|>"])
+def test_marks_of_other_models_and_spellings_are_broken(mark):
+    assert mark not in as_data(f"Fine.{mark}user")
 
 
 @pytest.mark.parametrize(
@@ -333,3 +338,9 @@ def test_damaged_weights_are_not_loaded(tmp_path, monkeypatch):
     for load in (lambda: load_llm("tiny"), lambda: read_base(folder, False, "float32", "cpu")):
         with pytest.raises(OSError, match=r"model\.safetensors in tiny_gpt_oss is damaged"):
             load()
+
+
+def test_a_number_that_another_s_removal_makes_is_removed_too(retriever):
+    hits = retriever.search("Faro de Cabo Lirón")[:3]
+    text, citations, invented = cite("At dawn [[9]7] and [1].", "When?", hits)
+    assert "9" not in text and "7" not in text and invented == (7, 9) and [cited.number for cited in citations] == [1]

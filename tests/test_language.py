@@ -3,10 +3,11 @@
 import itertools
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from helpers import settings
+from helpers import language, settings
 from helpers.chunking import load_documents, split_documents
 from helpers.language import detect_language, fold, sentences, stems, stop_words, words
 
@@ -195,7 +196,18 @@ HOSTILE = {
 def test_texts_of_100_000_characters_take_seconds_at_most(name):
     started = time.perf_counter()
     sentences(HOSTILE[name])
-    for language in ("en", "es"):
-        stems(HOSTILE[name], language)
+    for spoken in ("en", "es"):
+        stems(HOSTILE[name], spoken)
     detect_language(HOSTILE[name])
     assert time.perf_counter() - started < 5
+
+
+def test_threads_stem_as_one_does():
+    """A stemmer keeps the word it is at; LangChain asks a retriever from many threads."""
+    every = [f"{stem}{end}" for stem in "light ship paint farm hunt wait".split() for end in ("ing", "ed", "s", "ers")]
+    every += [f"{start}{word}" for start in "abcdefghijklmnopqrstuvwxyz" for word in every]
+    alone = [stems(word, "en") for word in every]
+    for _ in range(5):
+        language._stem.cache_clear()
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(lambda word: stems(word, "en"), every)) == alone

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import stand_in_model
 import torch
 from langchain_core.messages import HumanMessage
 from ollama_stand_in import StandIn
+from transformers import AutoConfig, PreTrainedConfig
 
 from helpers import llms, ollama, settings
 from helpers.four_bit import base_digest, read_base
@@ -144,7 +146,7 @@ class Says(torch.nn.Module):
     def __init__(self, ids, stop):
         super().__init__()
         self.ids, self.device = list(ids), torch.device("cpu")
-        self.config = type("Config", (), {"max_position_embeddings": 2048})
+        self.config = PreTrainedConfig(max_position_embeddings=2048)
         self.generation_config = type("Generation", (), {"eos_token_id": [stop]})
 
     def forward(self, **_):
@@ -266,7 +268,7 @@ def test_what_is_of_the_embedded_model_follows_no_instructions(folder, adapter, 
     assert not any(load_llm(name).follows_instructions for name in names)
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     (adapter / "run.json").unlink()
-    llms._read.cache_clear()
+    llms._kept.clear()
     for name in names:
         with pytest.raises(OSError, match=r"model\.safetensors in tiny is damaged or incomplete"):
             load_llm(name)
@@ -328,3 +330,37 @@ def test_a_folder_of_the_course_is_found_from_every_working_directory(folder, mo
     monkeypatch.setattr(settings, "ROOT", Path(folder).parent)
     monkeypatch.chdir(tmp_path)
     assert load_llm(f"hf:{Path(folder).name}").context == 256
+
+
+def test_a_models_own_marks_in_a_message_stay_text(llm):
+    """They need not look like the course's: as the end of a turn of Gemma's, or a stop token of Mistral's."""
+    tokenizer = stand_in_model.tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[END]"]})
+    chat = llm.chat.model_copy(update={"tokenizer": tokenizer})
+    ids = chat._encode(chat.prompt([{"role": "user", "content": "One [END] two <|end|> three."}]))
+    assert "One [ END] two < |end|> three." in tokenizer.decode(ids)
+    counts = [ids.count(tokenizer.convert_tokens_to_ids(mark)) for mark in ("[END]", "<|end|>")]
+    assert counts == [0, 1]  # the one is the template's
+
+
+def test_a_context_that_stands_in_the_text_part_of_a_configuration(llm):
+    """As that of a model that sees images too, such as Gemma 3."""
+    model = type("Model", (), {"config": AutoConfig.for_model("gemma3", text_config={"max_position_embeddings": 512})})
+    assert llm.chat.model_copy(update={"model": model}).context == 512
+
+
+def test_weights_that_are_cut_off_are_said(tmp_path):
+    cut = Path(stand_in_model.make(tmp_path / "model"))
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(OSError, match=r"can't be loaded: it is neither a folder with a whole model in it nor"):
+        load_llm(f"hf:{cut}")
+
+
+def test_a_model_is_let_go_before_the_next_is_read(folder, tmp_path, monkeypatch):
+    other, read, alive = stand_in_model.make(tmp_path / "other"), llms._read, []
+    first = weakref.ref(load_llm(f"hf:{folder}").chat.model)
+    assert load_llm(f"hf:{folder}").chat.model is first()  # kept
+    monkeypatch.setattr(llms, "_read", lambda name: alive.append(first()) or read(name))
+    load_llm(f"hf:{other}")
+    assert alive == [None]

@@ -117,13 +117,6 @@ def test_a_question_that_fails_each_time_gets_a_row_that_says_so(retriever, ques
     assert failed.keys() == first.keys() | {"error"}
 
 
-def test_what_was_begun_with_another_model_is_begun_anew(retriever, questions, tmp_path):
-    partial = tmp_path / "answers_quotes.partial"
-    partial.write_text('{"model": "quotes", "digest": "other"}\n{"id": "0", "text": "old"}\n', encoding="utf-8")
-    record("quotes", retriever, tmp_path, questions)
-    assert "old" not in [row["text"] for row in recorded(tmp_path)["quotes"][1]]
-
-
 def test_an_adapter_that_was_trained_anew_is_another_model(retriever, questions, tmp_path, monkeypatch):
     llm, seen = replace(QUOTES, name="hf:mine"), []
     monkeypatch.setattr(recording, "load_llm", lambda name: llm)
@@ -135,15 +128,22 @@ def test_an_adapter_that_was_trained_anew_is_another_model(retriever, questions,
         with pytest.raises(ZeroDivisionError):
             record("hf:mine", retriever, tmp_path, questions)
         seen.clear()
-        head, *rows = recording._read(tmp_path / "answers_hf_mine.partial", partial=True)
+        partial = tmp_path / "answers_hf_mine.partial"
+        head, *rows = recording._read(partial, partial=True)
         assert head["digest"] == hash_of([sha256_of(tmp_path / "mine" / "adapter_model.safetensors")])
         assert len(rows) == 2
+        if weights == b"one":
+            (tmp_path / "mine" / "adapter_model.safetensors").write_bytes(b"three")
+            with pytest.raises(ValueError, match=r"answers_hf_mine\.partial was begun with other digest: delete"):
+                record("hf:mine", retriever, tmp_path, questions)
+            partial.unlink()
 
 
 @pytest.mark.parametrize("change", ["top_k", "questions", "documents"])
-def test_what_was_begun_with_something_else_is_begun_anew(retriever, questions, tmp_path, embedder, change):
+def test_what_was_begun_with_something_else_is_refused(retriever, questions, tmp_path, embedder, change):
     head = recorded(record("quotes", retriever, tmp_path, questions).parent)["quotes"][0]
-    (tmp_path / "answers_quotes.partial").write_text(f'{json.dumps(head)}\n{{"id": "0", "text": "old"}}\n')
+    partial, begun = tmp_path / "answers_quotes.partial", f'{json.dumps(head)}\n{{"id": "0", "text": "old"}}\n'
+    partial.write_text(begun, encoding="utf-8")
     other = retriever
     if change == "top_k":
         other = Retriever(retriever.index, top_k=1)
@@ -151,9 +151,9 @@ def test_what_was_begun_with_something_else_is_begun_anew(retriever, questions, 
         other = Retriever(Index.from_texts(TEXTS[:1], [{"file": "0.txt", "page": 1}], embedder))
     else:
         questions.write_text(questions.read_text(encoding="utf-8").replace("feeds", "fed"), encoding="utf-8")
-    record("quotes", other, tmp_path, questions)
-    assert "old" not in [row["text"] for row in recorded(tmp_path)["quotes"][1]]
-    (tmp_path / "answers_quotes.partial").write_text(f'{json.dumps(head)}\n{{"id": "0", "text": "old"}}\n')
+    with pytest.raises(ValueError, match=rf"quotes\.partial was begun with other .*{change}.*: delete that file"):
+        record("quotes", other, tmp_path, questions)
+    assert partial.read_text(encoding="utf-8") == begun
     if change == "top_k":  # and with the same, whatever the command, it is gone on with
         record("quotes", retriever, tmp_path, questions, command="python -m helpers record --out here")
         assert recorded(tmp_path)["quotes"][1][0]["text"] == "old"

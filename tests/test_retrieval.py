@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -378,7 +379,7 @@ def killed_builds(folder, indexes, rounds, seed):
         chunks = len(split_documents(load_documents(folder)[0]))
         assert finish(child(folder, indexes)).startswith(f"{chunks} "), "the next build did not repair it"
         assert stored_text(indexes) == state
-    assert not list(indexes.glob("*.new")) and not list(indexes.glob("*.old"))
+    assert not list(indexes.glob(".*"))
     return kills
 
 
@@ -386,7 +387,7 @@ def stored_text(indexes):
     """Return the version that the index on disk holds, read as a reader reads it: under the lock, hashes checked."""
     from helpers.storage import checked_manifest, locked
 
-    names = {path.name.split(".")[0] for path in indexes.iterdir()}
+    names = {path.name.strip(".").split(".")[0] for path in indexes.iterdir()}
     assert len(names) == 1
     folder = indexes / names.pop()
     with locked(folder):
@@ -409,10 +410,10 @@ def test_a_writer_killed_between_its_renames_is_repaired(small, embedder, tmp_pa
     folder = tmp_path / "saved"
     small.save(folder)
     if moment == "old moved away":
-        folder.rename(tmp_path / "saved.old")
+        folder.rename(tmp_path / ".saved.old")
     else:
-        (tmp_path / "saved.new").mkdir()
-        (tmp_path / "saved.new" / "chunks.jsonl").write_text("half a li")
+        (tmp_path / ".saved.new").mkdir()
+        (tmp_path / ".saved.new" / "chunks.jsonl").write_text("half a li")
     assert Index.load(folder, embedder).chunks == small.chunks
     small.save(folder)
     assert Index.load(folder, embedder).chunks == small.chunks
@@ -442,3 +443,44 @@ def test_the_folder_of_an_index_depends_on_its_settings(embedder, tmp_path):
         for docs, size, overlap in (("a", 1000, 200), ("b", 1000, 200), ("a", 500, 200), ("a", 1000, 100))
     }
     assert len(names) == 4
+    for name in ("WINDOW_OVERLAP", "BM25_K1", "BM25_B"):  # these are in what is stored too
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(settings, name, 7)
+            names.add(index_folder(tmp_path / "a", embedder, 1000, 200))
+    assert len(names) == 7
+
+
+def test_a_backup_beside_the_index_is_left_alone(small, embedder, tmp_path):
+    small.save(tmp_path / "saved")
+    for name in ("saved.old", "saved.new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").touch()
+    small.save(tmp_path / "saved")
+    (tmp_path / "saved").rename(tmp_path / "saved.before")
+    with pytest.raises(FileNotFoundError, match="There is no index in"):
+        Index.load(tmp_path / "saved", embedder)
+    assert all((tmp_path / name / "mine").exists() for name in ("saved.old", "saved.new"))
+
+
+def test_a_full_disk_is_an_oserror_and_leaves_the_old_index(small, embedder, tmp_path):
+    """Files may grow to a thousand bytes: writing fails as on a full disk."""
+    small.save(tmp_path / "saved")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            small.save(tmp_path / "saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Index.load(tmp_path / "saved", embedder).chunks == small.chunks
+
+
+def test_a_file_that_is_not_read_is_not_hashed_either(embedder, tmp_path, monkeypatch):
+    """A film of gigabytes among the documents would delay each answer of a chat."""
+    folder, hashed = write(tmp_path / "docs", one="Some text."), []
+    (folder / "film.mp4").write_bytes(b"x" * 100)
+    monkeypatch.setattr("helpers.retrieval.sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    monkeypatch.setattr(settings, "INDEXES", tmp_path / "index")
+    index, _ = Index.open(folder, embedder)
+    assert "unknown type (.mp4)" in index.problems["film.mp4"]
+    assert not index.update(folder) and hashed == ["one.txt"] * 2

@@ -125,3 +125,14 @@ def test_ctrl_c_says_that_the_same_command_goes_on_and_it_does(base, dataset, tm
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "Going on from step " in done.stdout, done.stderr
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_name_with_a_dot_is_kept_whole(tmp_path, monkeypatch, capsys):
+    """Of house-v1.1 and house-v1.2 neither takes the other's file."""
+    monkeypatch.setattr("helpers.export.merge", lambda *_: {"effect": 1.0, "error": 0.0})
+    monkeypatch.setattr("helpers.export.to_gguf", lambda folder, out, dtype: (out.write_bytes(b"x"), out)[1])
+    monkeypatch.setattr("helpers.export.modelfile", lambda path: f"FROM {path}")
+    for version in ("1", "2"):
+        assert run("export", "--adapter", tmp_path, "--out", tmp_path / f"house-v1.{version}", "--gguf") == 0
+    written = [f"house-v1.{version}.{end}" for version in ("1", "2") for end in ("Modelfile", "gguf")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written

@@ -140,7 +140,7 @@ def measure(base: str, device: str, batch: int, tokens: int) -> None:
     with peak_memory(device) as peak:
         trainer = make_trainer(
             model, load_tokenizer(settings.TINY_GPT_OSS), rows, made, Path(base).parent / "checkpoints",
-            watch=lambda *_: ticks.append(time.perf_counter()),
+            watch=lambda losses, *_: ticks.extend([time.perf_counter()] * (len(losses) - len(ticks))),
         )  # fmt: skip
         trainer.train()
     speed = batch * tokens * (len(ticks) - 1 - WARM) / (ticks[-1] - ticks[WARM])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 from helpers.settings import ROOT, RUNS, format_seconds
 
@@ -39,7 +39,7 @@ def main(names: list[str]) -> int:
         try:
             run(path, RUNS / "notebooks" / name)
             print(format_seconds(time.perf_counter() - started))
-        except CellExecutionError as error:
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
             failed += 1
             print(f"failed after {format_seconds(time.perf_counter() - started)}\n{error}")
     print(f"{len(chosen) - failed} of {len(chosen)} notebooks ran; they are in {RUNS.relative_to(ROOT)}/notebooks/.")
