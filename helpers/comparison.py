@@ -202,7 +202,7 @@ def reply(arm: Arm, question: str, language: str = "en", llm: LLM | None = None)
     if arm.reads:
         return answer(question, arm.corpus if arm.reads == "document" else arm.corpus.retriever, llm)
     started = time.perf_counter()
-    messages = [{"role": "user", "content": as_data(question)}]
+    messages = [{"role": "user", "content": as_data(question, llm.marks)}]
     text, citations, invented = cite("".join(llm.stream(messages)).strip(), question, ())
     timings = {"retrieve": 0.0, "answer": time.perf_counter() - started}
     tokens = llm.count(messages)

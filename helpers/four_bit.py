@@ -381,7 +381,7 @@ def audit(model) -> Audit:
             if state is not None:
                 matrices, in_four_bits = matrices + state.shape.numel(), in_four_bits + state.shape.numel()
                 scales = [state.absmax, state.code, *([state.state2.absmax, state.state2.code] if state.nested else [])]
-                size["nf4"] += weight.nbytes + sum(tensor.nbytes for tensor in scales)
+                size[state.quant_type] += weight.nbytes + sum(tensor.nbytes for tensor in scales)
                 continue
             size[str(weight.dtype).removeprefix("torch.")] += weight.nbytes
             if weight.ndim > 1 and id(weight) not in spared and "lora_" not in owner and "bias" not in name:

@@ -80,23 +80,26 @@ class Answer:
         return [f"{NOTES[language][what]}: {which}" for what, which in said.items() if which]
 
 
-def rag_messages(question: str, passages: Sequence[tuple[str, str]]) -> list[Message]:
+def rag_messages(question: str, passages: Sequence[tuple[str, str]], marks: Sequence[str] = ()) -> list[Message]:
     """Return the prompt of the course as chat messages: the rules, then the numbered passages and the question.
 
     `passages`: (place, text) pairs, the place such as 'fares_2024.pdf, p. 3': a year often stands nowhere else.
+    `marks`: see `as_data`.
     """
-    marked = ((as_data(printable(place)), as_data(text)) for place, text in passages)
+    marked = ((as_data(printable(place), marks), as_data(text, marks)) for place, text in passages)
     numbered = "\n\n".join(f"[{n}] {place}\n{text}" for n, (place, text) in enumerate(marked, 1))
-    content = f"<passages>\n{numbered}\n</passages>\n\n{as_data(question)}"
+    content = f"<passages>\n{numbered}\n</passages>\n\n{as_data(question, marks)}"
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
 
 
-def as_data(text: str) -> str:
+def as_data(text: str, marks: Sequence[str] = ()) -> str:
     """Return `text` with a space in what could end the block of passages or start a chat turn: it stays text.
 
-    That is what looks like a tag, '<|end|>' or '<end_of_turn>', and Mistral's '[INST]'; a model of this process breaks
-    its own marks too. Nothing is taken out: what stands on both sides of a mark could make another.
+    That is what looks like a tag, '<|end|>' or '<end_of_turn>', Mistral's '[INST]', and `marks`, a model's own where
+    they are known. Nothing is taken out: what stands on both sides of a mark could make another.
     """
+    for mark in marks:
+        text = text.replace(mark, f"{mark[0]} {mark[1:]}")
     return _MARKS.sub(r"\g<0> ", text).replace("|>", "| >")
 
 
@@ -170,7 +173,7 @@ def fit(question: str, hits: Sequence[Hit], llm: LLM) -> tuple[list[Hit], list[M
     """
     given, room = list(hits), llm.context - llm.answer_tokens
     while True:
-        messages = rag_messages(question, passages_of(given))
+        messages = rag_messages(question, passages_of(given), llm.marks)
         tokens = llm.count(messages)
         if tokens <= room:
             return given, messages, tokens
@@ -189,8 +192,8 @@ def rewrite(question: str, history: Sequence[tuple[str, str]], llm: LLM) -> str:
     It reads the last three turns, or as many of them as fit.
     """
     for first in range(-min(3, len(history)), 0):
-        talk = "\n".join(f"Question: {as_data(asked)}\nAnswer: {as_data(said)}" for asked, said in history[first:])
-        content = f"{talk}\nLast question: {as_data(question)}"
+        turns = (f"Question: {asked}\nAnswer: {said}" for asked, said in history[first:])
+        content = as_data("\n".join([*turns, f"Last question: {question}"]), llm.marks)
         messages = [{"role": "system", "content": REWRITE}, {"role": "user", "content": content}]
         if llm.count(messages) <= llm.context - llm.answer_tokens:
             try:

@@ -63,20 +63,13 @@ class TransformersChat(BaseChatModel):
         return self.model.config.get_text_config().max_position_embeddings
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """Return the messages as the text that the model reads, by the tokenizer's chat template.
-
-        What looks like one of its marks in a message, the end of a turn say, gets a space and stays text.
-        """
+        """Return the messages as the text that the model reads, by the tokenizer's chat template."""
         from jinja2 import TemplateError
 
-        talk = [dict(message) for message in messages]
-        for mark in marks_of(self.tokenizer):
-            for message in talk:
-                message["content"] = message["content"].replace(mark, f"{mark[0]} {mark[1:]}")
         # Qwen3 would think aloud before each answer, and its adapters learn answers alone; other templates don't ask.
         options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
         try:
-            return self.tokenizer.apply_chat_template(talk, **options)
+            return self.tokenizer.apply_chat_template(list(messages), **options)
         except TemplateError as error:
             raise ValueError(f"The model's chat template refuses the prompt ({error}): take another model.") from error
 
@@ -231,6 +224,7 @@ def final_channel(raw: str) -> str:
 class LLM:
     """A model ready to answer. `chat` is None for `quotes`; lengths in tokens; `why` says how `auto` chose it.
 
+    `marks`: what starts and ends its turns, where that is known, for `generation.as_data`.
     `sentences`: how many of the passages' sentences it is given, the likeliest, and where the search isn't sure it
     isn't asked; 0: the passages whole, and always.
     """
@@ -244,6 +238,7 @@ class LLM:
     digest: str = ""
     why: str = ""
     sentences: int = 0
+    marks: tuple[str, ...] = ()
 
     def stream(self, messages: Sequence[Message]) -> Iterator[str]:
         """Yield the answer piece by piece, `CUT` last if it ran out of tokens. Raises OllamaError or PromptTooLong."""
@@ -336,7 +331,10 @@ def _load_local(name: str, shown: str, *, temperature: float, seed: int, answer_
         model=model, tokenizer=tokenizer, temperature=temperature, seed=seed, max_tokens=answer_tokens
     )
     sentences = settings.TINY_SENTENCES if is_tiny(name) else 0  # its adapters learnt another prompt
-    return LLM(shown, chat, chat.context, answer_tokens, chat.count, not is_tiny(base), digest, sentences=sentences)
+    return LLM(
+        shown, chat, chat.context, answer_tokens, chat.count, not is_tiny(base), digest, sentences=sentences,
+        marks=tuple(marks_of(tokenizer)),
+    )  # fmt: skip
 
 
 _kept: dict[tuple, tuple] = {}  # the one model that stays in memory, by its name and when its files were written

@@ -122,7 +122,7 @@ def _sure(question: Question, retriever: Retriever) -> float:
 def _refusal(question: Question, hits: Sequence[Hit], llm: LLM) -> float | None:
     if not isinstance(llm.chat, TransformersChat):
         return None
-    messages = rag_messages(question.question, passages_of(hits))
+    messages = rag_messages(question.question, passages_of(hits), llm.marks)
     return round(llm.chat.probability(messages, NOT_THERE[question.language]), 6)
 
 

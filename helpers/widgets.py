@@ -94,8 +94,8 @@ def _below(given: Answer, language: str) -> list[str]:
 def ask_box(retriever: Retriever, llm: LLM | str):
     """Return a panel to ask in: a field and, below it, the answer as it comes, its citations and the seconds it took.
 
-    Enter asks. `llm` is as in `generation.answer`; a question that fails shows the sentence that says why. The panel's
-    children are the field and the view.
+    Enter asks, and so does leaving the field with another text in it. `llm` is as in `generation.answer`; a question
+    that fails shows the sentence that says why. The panel's children are the field and the view.
     """
     import ipywidgets
 
