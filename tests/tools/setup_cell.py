@@ -33,7 +33,7 @@ if "google.colab" in sys.modules and not HOME.exists():
     Path("/content/fixed.txt").write_text("\\n".join(fixed))
     pip = [sys.executable, "-m", "pip"]
     install = [*pip, "install", "-q", "-c", "/content/fixed.txt", "-e", HOME]
-    # PEFT refuses a version of it that Colab has had, and nothing here uses it.
+    # PEFT refuses a version of it that Colab has had; nothing here uses it.
     subprocess.run([*pip, "uninstall", "-qy", "torchao"], check=True)
     subprocess.run(install, check=True)
     # So that this kernel sees `helpers`.
