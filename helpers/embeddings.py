@@ -59,7 +59,7 @@ class Embedder:
         self.dtype = dtype or settings.encoder_dtype(self.device)
         folder = packaged_folder() if self.name == settings.EMBEDDING_MODEL else None
         self._model = _load(str(folder or model), self.device, self.dtype)
-        self.fingerprint = PACKAGED_SHA256["model.safetensors"] if folder else _fingerprint(self.name, self._model)
+        self.fingerprint = PACKAGED_SHA256["model.safetensors"] if folder else _fingerprint(self.name)
         self.dimension: int = self._model.get_embedding_dimension()
         # The encoder adds its own start and end marks to what it reads.
         self.max_tokens: int = self._model.max_seq_length - self._model.tokenizer.num_special_tokens_to_add()
@@ -194,7 +194,7 @@ def _hub_answers(seconds: float = 5) -> bool:
     return True
 
 
-def _fingerprint(name: str, model) -> str:
+def _fingerprint(name: str) -> str:
     """Return what names these weights: the SHA-256 of a folder's safetensors files, or the name on the hub."""
     files = sorted(Path(name).glob("**/*.safetensors")) if Path(name).is_dir() else []
     if files:

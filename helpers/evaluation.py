@@ -156,7 +156,7 @@ def _question(row: object) -> Question:
     for name in ("id", "question"):
         if not isinstance(row[name], str) or not row[name].strip():
             raise ValueError(f"{name} must be a text that isn't empty")
-    if row["language"] not in tuple(ARTICLES):
+    if row["language"] not in tuple(ARTICLES):  # in a dict, a list can't be looked for
         raise ValueError(f"language is {row['language']!r}: it must be one of {', '.join(ARTICLES)}")
     if row["kind"] not in KINDS:
         raise ValueError(f"kind is {row['kind']!r}: it must be one of {', '.join(KINDS)}")

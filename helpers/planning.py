@@ -184,7 +184,7 @@ def _plan(
         disk, free_disk = max(here, there, key=lambda needed_and_free: needed_and_free[0] - needed_and_free[1])
     problem = ""
     if recipe.four_bit and shape.experts and config.model_type != "gpt_oss":
-        problem = f"most of a {config.model_type} is in its experts, which bitsandbytes leaves in 16 bits"
+        problem = f"bitsandbytes leaves the experts of a {config.model_type} in 16 bits: four_bit=False plans for that"
     elif total > free_memory:
         parts = ", ".join(f"{part} {size:.1f}" for part, size in memory.items() if size >= 0.05)
         problem = f"it needs {total:.1f} GiB of memory even row by row ({parts}), and {free_memory:.1f} are free"

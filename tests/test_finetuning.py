@@ -104,7 +104,7 @@ def test_a_preset_by_the_name_of_its_model_is_that_preset(presets):
 def test_experts_that_would_stay_in_16_bits_are_said_before_anything_is_fetched(presets, tmp_path):
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_experts": 4, "moe_intermediate_size": 32}
     AutoConfig.for_model("qwen3_moe", **shape, num_attention_heads=2, num_key_value_heads=2).save_pretrained(tmp_path)
-    with pytest.raises(PlanRefused, match="most of a qwen3_moe is in its experts, which bitsandbytes leaves in 16"):
+    with pytest.raises(PlanRefused, match="bitsandbytes leaves the experts of a qwen3_moe in 16 bits: four_bit"):
         plan(str(tmp_path), lengths(80), free_memory=80).check()
     plan(str(tmp_path), lengths(80), free_memory=80, four_bit=False).check()
 
