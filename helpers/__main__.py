@@ -32,11 +32,19 @@ def main(arguments: list[str] | None = None) -> int:
     if options.run is not _train:
         # Else some libraries import PyTorch's compiler, which takes seconds. Only a training might use it.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    from helpers.ollama import OllamaError
-    from helpers.storage import IndexRefused
-
+    try:
+        from helpers.ollama import OllamaError
+        from helpers.storage import IndexRefused
+    except ModuleNotFoundError as error:
+        print(
+            f"helpers: {sys.executable} has no {error.name}: run `make lab` once, use .venv/bin/python", file=sys.stderr
+        )
+        return 2
     try:
         return options.run(options)
+    except BrokenPipeError:  # its reader has enough: `index | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (OSError, ValueError, IndexRefused, OllamaError) as error:
         print(f"helpers: {error}", file=sys.stderr)
         return 2
@@ -142,8 +150,8 @@ def _ask(options: argparse.Namespace) -> int:
     options.question = options.question.encode(errors="surrogateescape").decode(errors="replace")
     if not options.question.strip():
         raise ValueError('The question is empty: write one, for example: ask "Who keeps the light of Roca Tordo?"')
+    llm = _load(options)  # first: a name that is wrong is better said before a large folder is embedded
     retriever = Retriever(_open(options), options.mode, options.top_k)
-    llm = _load(options)
     if options.json:
         given = answer(options.question, retriever, llm)
         print(json.dumps({"question": options.question} | dataclasses.asdict(given), ensure_ascii=False, indent=2))
@@ -279,19 +287,24 @@ def _reply(options: argparse.Namespace, question: str, llm, history: list[tuple[
 
 
 def _record(options: argparse.Namespace) -> int:
+    from helpers.chunking import load_documents
+    from helpers.evaluation import check_fit, load_questions
     from helpers.recording import record
     from helpers.retrieval import Retriever
 
+    check_fit(settings.QUESTIONS, load_questions(split="test"), load_documents(options.docs)[0])
     progress, command = _progress("Answering", "question"), shlex.join(["python", "-m", "helpers", *sys.argv[1:]])
     print(record(options.llm, Retriever(_open(options)), options.out, progress=progress, command=command))
     return 0
 
 
 def _index(options: argparse.Namespace) -> int:
+    from helpers.chunking import printable
+
     index = _open(options)
     for name in sorted(index.files):
         if name not in index.problems:
-            print(f"  {name}: {sum(chunk.file == name for chunk in index.chunks)} chunks")
+            print(f"  {printable(name)}: {sum(chunk.file == name for chunk in index.chunks)} chunks")
     for problem in index.problems.values():
         print(f"! {problem}")
     print(f"{len(index.files)} files, {len(index.chunks)} chunks, {len(index.vectors)} vectors: up to date.")
@@ -299,21 +312,21 @@ def _index(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from helpers.chunking import load_documents
     from helpers.embeddings import Embedder
-    from helpers.evaluation import BadQuestions, check_against_pages, load_questions
+    from helpers.evaluation import BadQuestions, check_fit, load_questions
     from helpers.retrieval import Index
 
     files = [name for path in options.files for name in (_question_files(path) if path.is_dir() else [path])]
     split = None if options.split == "all" else options.split
     sets = [load_questions(path, split) for path in files]  # all faults are said before anything is embedded
+    for path, questions in zip(files, sets, strict=True):
+        if not questions.questions:
+            raise BadQuestions(f"{path.name} has no question of the split {split!r}: name another with --split.")
     embedder = Embedder()
     for path, questions in zip(files, sets, strict=True):
         if questions.passages is None:
-            from helpers.chunking import load_documents
-
-            faults = check_against_pages(questions.questions, load_documents(options.docs)[0])
-            if faults:
-                raise BadQuestions(f"{path.name} doesn't fit the documents:\n  " + "\n  ".join(faults))
+            check_fit(path, questions, load_documents(options.docs)[0])
             index = _open(options, embedder)
         else:
             names = [{"file": name} for name in questions.passages]
@@ -384,7 +397,7 @@ def _train(options: argparse.Namespace) -> int:
         raise KeyboardInterrupt("Stopped. The same command goes on from the last checkpoint.") from None
     took, held = settings.format_seconds(done.seconds), done.peak_memory / 2**30
     print(f"Trained in {took} with {held:.2f} GiB at most ({done.plan.total:.2f} planned).")
-    print(f"The adapter: {done.folder}. Talk to it: python -m helpers chat --llm hf:{done.folder}")
+    print(f"The adapter: {done.folder}. Talk to it: python -m helpers chat --llm {shlex.quote(f'hf:{done.folder}')}")
     return 0
 
 

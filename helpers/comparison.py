@@ -253,7 +253,9 @@ def run(
                     found.rows.append(keep(_row(arm, llm, question)))
                 if progress:
                     progress(number * len(questions) + place, len(arms) * len(questions))
-    return found
+    asked = {(arm.name, arm.seed) for arm in arms}  # the file may hold others from before
+    heads = {key: head for key, head in found.heads.items() if key in asked}
+    return Results(heads, [row for row in found.rows if (row["arm"], row["seed"]) in asked])
 
 
 class _Written(BaseCallbackHandler):

@@ -224,6 +224,13 @@ def check_against_pages(questions: Sequence[Question], documents: Sequence) -> l
     return faults
 
 
+def check_fit(path: Path, questions: QuestionSet, documents: Sequence) -> None:
+    """Raise BadQuestions where the questions of a file aren't about these documents."""
+    faults = check_against_pages(questions.questions, documents)
+    if faults:
+        raise BadQuestions(f"{path.name} doesn't fit the documents:\n  " + "\n  ".join(faults))
+
+
 def normalize_answer(text: str, language: str = "en") -> str:
     """Return `text` as answers are compared: lower case, no punctuation, no articles, single spaces."""
     text = re.sub(r"(?<=\d)[.,](?=\d)", "\ue000", text.lower())  # 14.50 and 14,50 are one number, and not 1450

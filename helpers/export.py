@@ -60,7 +60,11 @@ def merge(folder: str | Path, out: str | Path) -> dict[str, float]:
     folder, out = Path(folder).resolve(), Path(out).resolve()
     base, dtype, wide = _base(folder, out)
     own = out.is_relative_to(Path(__file__).resolve().parent)
-    if own or out == Path(base).resolve() or (out.exists() and not (out / MARK).exists()):
+    if (
+        own
+        or out == Path(base).resolve()
+        or (out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())))
+    ):
         why = "is in the package helpers" if own else "holds something else than an older merged model"
         raise ValueError(f"{out} {why}: choose another folder.")
     with _quiet(), locked(out):

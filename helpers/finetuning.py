@@ -29,7 +29,7 @@ from helpers.dataset import DatasetReport, check_dataset, show_example, to_promp
 from helpers.four_bit import attach, audit, base_digest, check_adapter, load_config, load_tokenizer, read_base
 from helpers.planning import CHECKPOINTS_KEPT, Plan, held_out, model_of, peak_memory, plan, recipe_of
 from helpers.recording import describe_machine
-from helpers.storage import locked, put_back, put_in_place, sha256_of
+from helpers.storage import locked, put_in_place, sha256_of
 
 __all__ = [
     "DatasetReport", "Plan", "Training", "TrainingFailed", "audit", "check_dataset", "load_base", "load_finetuned",
@@ -92,13 +92,16 @@ def train(
     whatever, goes on from its last checkpoint at the same call. Raises BadDataset, PlanRefused, TrainingFailed, OSError
     or ValueError with what to do; `out` is then as it was.
     """
-    out = Path(out)
-    put_back(out)
+    out = Path(out).resolve()  # a link to another disk stays one
+    with locked(out):  # that it can't be written is better said before hours of training
+        pass
     if out.exists() and not (out / "adapter_config.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} holds something else than an adapter: choose another folder with out=.")
     _release()
     chosen, report, tokenizer = prepare(base, dataset, questions, **changes)
     chosen.check()
+    if (before := _base_of(out)) not in ("", chosen.model):
+        raise ValueError(f"{out} holds an adapter of {before}: move it, or name another folder with out=.")
     recipe = chosen.recipe
     if recipe.patience and not held_out(len(report.rows), recipe):
         raise ValueError(f"patience needs an evaluation, and {len(report.rows)} rows are too few to hold some out.")
@@ -131,6 +134,14 @@ def train(
         raise problem from error
     finally:
         _release()
+
+
+def _base_of(folder: Path) -> str:
+    """Return the base of the adapter in a folder; '' where it can't be told."""
+    try:
+        return str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["model"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def prepare(

@@ -174,6 +174,11 @@ def check_adapter(folder: Path) -> tuple[str, dict]:
         raise OSError(f"The adapter in {folder} is damaged (its JSON can't be read): train it again.") from error
     if run.get("adapter_sha256") not in (None, sha256_of(folder / "adapter_model.safetensors")):
         raise OSError(f"The adapter in {folder} is damaged (its SHA-256 is not the one in run.json): train it again.")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise OSError(
+            f"The base of the adapter in {folder} isn't there: put {base} back, or set base_model_name_or_path in its "
+            "adapter_config.json."
+        )
     if "base_digest" in run and run["base_digest"] != base_digest(base):
         raise ValueError(
             f"The adapter in {folder} is of another base: {base} has other weights than when it was trained. Put them "

@@ -289,7 +289,7 @@ def load_llm(
     """
     options = {"temperature": temperature, "seed": seed, "answer_tokens": answer_tokens}
     if name == "auto":
-        if os.environ.get("HELPERS_LLM"):
+        if os.environ.get("HELPERS_LLM", "auto") not in ("", "auto"):
             return _because(load_llm(os.environ["HELPERS_LLM"], **options), "HELPERS_LLM says so")
         try:
             return _because(load_llm(f"ollama:{settings.OLLAMA_MODEL}", **options, pull=pull), "Ollama has it")

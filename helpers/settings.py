@@ -4,6 +4,7 @@ Every default of the course stands here once. Paths come from `ROOT`, never from
 because a notebook's kernel runs in `notebooks/`.
 """
 
+import math
 import os
 import platform
 from dataclasses import dataclass, field
@@ -89,8 +90,10 @@ class Recipe:
 
     def __post_init__(self):
         for name in ("rank", "alpha", "batch", "learning_rate", "epochs", "max_length", "checkpoints"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to more than 0.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: set it to 0 or more.")
         if not (0 <= self.dropout < 1 and 0 <= self.evaluation < 1):
             raise ValueError("dropout and evaluation are shares: set them to at least 0 and less than 1.")
         if self.patience and not self.evaluation:

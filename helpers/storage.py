@@ -33,22 +33,30 @@ def refused(folder: Path, why: str) -> IndexRefused:
 def locked(folder: Path, seconds: float | None = None) -> Iterator[None]:
     """Hold the lock of a folder or file; put back what a writer killed between its two renames left.
 
-    The operating system frees the lock of a process that dies. Raises TimeoutError after `seconds`, or `LOCK_SECONDS`.
+    The operating system frees the lock of a process that dies. Raises TimeoutError after `seconds`, or `LOCK_SECONDS`;
+    OSError where nothing can be written.
     """
     from filelock import FileLock, Timeout
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(folder.name + ".lock")
     seconds = LOCK_SECONDS if seconds is None else seconds
+    lock = FileLock(folder.with_name(folder.name + ".lock"), timeout=seconds)
     try:
-        with FileLock(lock, timeout=seconds):
-            if not folder.exists() and _aside(folder, "old").exists():
-                _aside(folder, "old").rename(folder)
-            yield
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except Timeout as error:
         raise TimeoutError(
-            f"Another process holds the lock {printable(lock)} (waited {seconds} s): wait for it or stop it."
+            f"Another process holds the lock {printable(lock.lock_file)} (waited {seconds} s): wait for it or stop it."
         ) from error
+    except OSError as error:
+        raise OSError(
+            f"{printable(folder)} can't be written ({error.strerror}): make it writable, or name another place."
+        ) from error
+    try:
+        if not folder.exists() and _aside(folder, "old").exists():
+            _aside(folder, "old").rename(folder)
+        yield
+    finally:
+        lock.release()
 
 
 def put_back(folder: Path) -> None:

@@ -299,3 +299,41 @@ def test_what_goes_into_a_file_is_utf8_whatever_the_system_writes(docs):
     command = [sys.executable, "-m", "helpers", "ask", "How high is the swell of Corvejón?", "--docs", str(docs)]
     done = subprocess.run(command, capture_output=True, timeout=120, env=environment, check=True)
     assert "≥ 4 metres − in winter" in done.stdout.decode("utf-8")
+
+
+def test_auto_in_the_environment_is_auto(docs, monkeypatch, capsys):
+    monkeypatch.setenv("HELPERS_LLM", "auto")
+    monkeypatch.setattr(ollama, "find_binary", lambda: None)
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")  # nothing listens there
+    assert main(["ask", "Who feeds the goat of Corvejón?", "--docs", str(docs)]) == 0
+    assert "feeds it at dawn" in capsys.readouterr().out
+
+
+def test_a_wrong_model_is_said_before_anything_is_embedded(docs, monkeypatch, capsys):
+    monkeypatch.setattr("helpers.__main__._open", lambda *_: pytest.fail("the folder was indexed"))
+    assert main(["ask", "Who?", "--docs", str(docs), "--llm", "tinny"]) == 2
+    assert "llm is 'tinny'" in capsys.readouterr().err
+
+
+def test_questions_about_other_documents_are_not_recorded(docs, tmp_path, capsys):
+    assert main(["record", "--llm", "quotes", "--docs", str(docs), "--out", str(tmp_path / "out")]) == 2
+    assert "questions.jsonl doesn't fit the documents" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/answers_*"))
+
+
+def test_a_split_without_questions_is_said(docs, tmp_path, capsys):
+    row = {"id": "1", "language": "en", "question": "Who?", "answers": ["Ana"], "file": "goat.txt", "page": 1}
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(json.dumps(row | {"kind": "fact", "split": "dev"}), encoding="utf-8")
+    assert main(["evaluate", str(mine), "--docs", str(docs)]) == 2
+    assert "mine.jsonl has no question of the split 'test'" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_ends_it_without_a_word(docs):
+    """As `python -m helpers index | head -1` does: the pipe is closed before the first line."""
+    command = [sys.executable, "-m", "helpers", "index", "--docs", str(docs)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0 and "Broken pipe" not in said and "Traceback" not in said

@@ -824,3 +824,31 @@ def test_an_adapter_of_another_base_is_refused(adapter, tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone"}), "utf-8")
     with pytest.raises(OSError, match="The base model 'gone' can't be loaded"):
         load_finetuned(adapter)
+
+
+def test_a_link_to_another_disk_stays_one(base, dataset, tmp_path):
+    """Twice: the second training moves the first adapter aside."""
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk")
+    for rank in (2, 4):
+        done = teach(base, dataset, link, epochs=1, rank=rank)
+        assert link.is_symlink() and done.folder == tmp_path / "disk"
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_a_folder_that_cannot_be_written_is_said_before_the_training(base, dataset, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match=r"file/adapter can't be written \(.*\): make it writable, or name another place"):
+        teach(base, dataset, tmp_path / "file" / "adapter")
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_an_adapter_of_another_base_is_not_replaced(base, dataset, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "adapter_config.json").write_text("{}")
+    (out / "run.json").write_text(json.dumps({"model": "openai/gpt-oss-20b"}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"out holds an adapter of openai/gpt-oss-20b: move it, or name another"):
+        teach(base, dataset, out)
+    assert (out / "run.json").exists()

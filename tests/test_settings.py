@@ -1,6 +1,7 @@
 """The course's constants, what this machine has, and how soon `helpers` can be imported."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -125,3 +126,9 @@ def test_machine_looks_at_this_machine():
 )  # fmt: skip
 def test_format_seconds(seconds, text):
     assert settings.format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", -1), ("learning_rate", math.nan), ("learning_rate", math.inf)])
+def test_a_setting_that_no_training_takes_is_named(name, value):
+    with pytest.raises(ValueError, match=rf"{name} is {value}: set it to"):
+        settings.Recipe(**{name: value})
