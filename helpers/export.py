@@ -18,7 +18,7 @@ from helpers.finetuning import _quiet
 from helpers.four_bit import _Checkpoint, attach, check_adapter, load_config, load_tokenizer, read_base
 from helpers.generation import rag_messages
 from helpers.llms import ENDS, FINAL
-from helpers.storage import locked, put_in_place, sha256_of
+from helpers.storage import holds_other, locked, put_in_place, sha256_of
 
 PROBES = (  # question, place, passage: the prompts on which a merged model is compared
     ("Who signs the lease?", "lease.pdf, p. 2", "The lease is signed by the tenant and by the owner."),
@@ -60,11 +60,7 @@ def merge(folder: str | Path, out: str | Path) -> dict[str, float]:
     folder, out = Path(folder).resolve(), Path(out).resolve()
     base, dtype, wide = _base(folder, out)
     own = out.is_relative_to(Path(__file__).resolve().parent)
-    if (
-        own
-        or out == Path(base).resolve()
-        or (out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())))
-    ):
+    if own or out == Path(base).resolve() or holds_other(out, MARK):
         why = "is in the package helpers" if own else "holds something else than an older merged model"
         raise ValueError(f"{out} {why}: choose another folder.")
     with _quiet(), locked(out):

@@ -29,7 +29,7 @@ from helpers.dataset import DatasetReport, check_dataset, show_example, to_promp
 from helpers.four_bit import attach, audit, base_digest, check_adapter, load_config, load_tokenizer, read_base
 from helpers.planning import CHECKPOINTS_KEPT, Plan, held_out, model_of, peak_memory, plan, recipe_of
 from helpers.recording import describe_machine
-from helpers.storage import locked, put_in_place, sha256_of
+from helpers.storage import holds_other, locked, put_in_place, sha256_of
 
 __all__ = [
     "DatasetReport", "Plan", "Training", "TrainingFailed", "audit", "check_dataset", "load_base", "load_finetuned",
@@ -95,12 +95,12 @@ def train(
     out = Path(out).resolve()  # a link to another disk stays one
     with locked(out):  # that it can't be written is better said before hours of training
         pass
-    if out.exists() and not (out / "adapter_config.json").exists() and (not out.is_dir() or any(out.iterdir())):
+    if holds_other(out, "adapter_config.json"):
         raise ValueError(f"{out} holds something else than an adapter: choose another folder with out=.")
     _release()
     chosen, report, tokenizer = prepare(base, dataset, questions, **changes)
     chosen.check()
-    if (before := _base_of(out)) not in ("", chosen.model):
+    if (before := _base_of(out)) and Path(before).name != Path(chosen.model).name:  # a copy elsewhere is the same
         raise ValueError(f"{out} holds an adapter of {before}: move it, or name another folder with out=.")
     recipe = chosen.recipe
     if recipe.patience and not held_out(len(report.rows), recipe):

@@ -66,6 +66,11 @@ def put_back(folder: Path) -> None:
             pass
 
 
+def holds_other(folder: Path, mark: str) -> bool:
+    """Say whether a place holds something else than a folder with the file `mark` in it; an empty folder holds none."""
+    return folder.exists() and not (folder / mark).exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
 @contextmanager
 def put_in_place(folder: Path) -> Iterator[Path]:
     """Give an empty folder to write into; when that is done, rename it to `folder`. Call it with the lock held.

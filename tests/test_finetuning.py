@@ -620,8 +620,15 @@ def test_the_same_training_does_not_run_twice_at_once(base, dataset, tmp_path, r
 def test_an_adapter_is_put_in_place_under_its_lock(base, dataset, tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(storage, "LOCK_SECONDS", 0.1)
-    with storage.locked(out), pytest.raises(TimeoutError, match=r"out\.lock .*: wait for it or stop it"):
-        teach(base, dataset, out, epochs=1)
+    held = storage.locked(out)
+
+    def hold(losses, step, steps):
+        if step == steps - 1:  # another writer comes while it trains
+            held.__enter__()
+
+    with pytest.raises(TimeoutError, match=r"out\.lock .*: wait for it or stop it"):
+        teach(base, dataset, out, epochs=1, watch=hold)
+    held.__exit__(None, None, None)
     assert not out.exists()
     assert teach(base, dataset, out, epochs=1).folder == out  # no step again: only the last part was missing
 
